@@ -1,0 +1,212 @@
+"""The position x depth grid, and the one place that advances its cells.
+
+        depth                  a cell (t, k): recurrence step k of token t
+      r |  * * * *
+        |  * * * * o           every sampler is a schedule over these cells:
+        |  * * * * o o           autoregressive     one column after another, each r deep
+        |  * * * * o o o         adaptive exit      the same, but a column may stop early
+      1 |  * * * * o o o o       diffusion forcing  a diagonal: all columns o advance together
+        +-----------------
+           position t
+
+`Grid` holds tokens, states, depths and the KV cache of a batch of sequences, and advances the cells of a
+*window* of positions: `embed` (prelude), `recur` (one recurrence step), `decode` (coda), `choose` (tokens).
+A sampler is a short loop that says which window to advance how far; it has no attention, cache or sampling
+code of its own.  Notebook: 06_diffusion_forcing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minirec.kv_cache import KVCache, Window
+from minirec.recurrent_block import RecurrentDepthLM
+from minirec.token_choice import TokenChoice
+
+
+@dataclass
+class OuterStep:
+    """One outer step as the plots draw it: the window's first position and, after the step, its cells."""
+
+    start: int
+    depths: list[int]  # recurrence steps that each cell has had
+    guesses: list[int]  # the token that each cell now predicts for the position after it
+    frozen: int  # length of the frozen prefix, prompt included
+
+
+@dataclass
+class Generation:
+    """What a sampler returns for one prompt.
+
+    tokens: the new tokens, stop token included; depth: recurrence steps spent on each; passes: recurrent-block
+    passes in all, prefill included (what a memory-bound machine pays for); row_steps: the cells these passes
+    advanced after the prefill; decodes: prelude-and-coda calls, prefill included; trace: None unless asked for.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
+    passes: int = 0
+    row_steps: int = 0
+    decodes: int = 0
+    trace: list[OuterStep] | None = None
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What every sampler takes besides its own arguments.
+
+    kv "full" or "shared" with kv_slots: see `minirec.kv_cache`.  init_scale: size of the random initial state,
+    0 for zeros.  seed: an int, or one per prompt.  temperature 0 is greedy; with top_k, top_p, min_p and
+    repetition_penalty see `minirec.token_choice`.  stop_tokens: ids that end a generation, None for the
+    checkpoint's own, () for none.  on_token: called with every token id as it becomes final, and for a batch also
+    with its row; returning False ends that generation there.  trace: record every outer step.
+    """
+
+    kv: str = "full"
+    kv_slots: int = 1
+    init_scale: float = 1.0
+    seed: int | Sequence[int] = 0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_tokens: Sequence[int] | None = None
+    on_token: Callable | None = None
+    trace: bool = False
+
+
+def as_rows(prompt) -> tuple[list[list[int]], bool]:
+    """A prompt or a batch of prompts as lists of ids, and whether it was a single one."""
+    rows = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    single = not rows or not isinstance(rows[0], (list, tuple, Tensor))
+    rows = [rows] if single else [r.tolist() if isinstance(r, Tensor) else list(r) for r in rows]
+    return rows, single
+
+
+class Grid:
+    """B sequences x L positions: tokens, states, depths, cache; and the four operations that advance a window.
+
+    prompt: ids as a list or 1-D tensor, or a batch of such.  num_steps: r, None for the config's
+    mean_recurrence.  spare: positions allocated past the last one that can be needed.  Every argument is checked
+    before any work; what is wrong is a ValueError that names it.
+    """
+
+    def __init__(
+        self, model: RecurrentDepthLM, prompt, max_new_tokens: int, num_steps: int | None = None, spare: int = 0, **options
+    ):
+        config, o = model.config, Options(**options)
+        prompts, self.single = as_rows(prompt)
+        num_steps = config.mean_recurrence if num_steps is None else num_steps
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        if not o.init_scale >= 0:
+            raise ValueError(f"init_scale is {o.init_scale}; it must be 0 or above")
+        if not prompts:
+            raise ValueError("prompt is empty; it must hold at least one token")
+        for ids in prompts:
+            if not ids:
+                raise ValueError("prompt is empty; it must hold at least one token")
+            for token in ids:
+                if not isinstance(token, int) or not 0 <= token < config.padded_vocab_size:
+                    raise ValueError(f"prompt holds {token!r}; token ids are from 0 to {config.padded_vocab_size - 1}")
+            if len(ids) + max_new_tokens > config.block_size:
+                raise ValueError(
+                    f"prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} make "
+                    f"{len(ids) + max_new_tokens}; the context is {config.block_size} tokens"
+                )
+        seeds = [o.seed] * len(prompts) if isinstance(o.seed, int) else list(o.seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each")
+
+        self.model, self.options = model, o
+        self.choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
+        self.num_steps, self.max_new_tokens = num_steps, max_new_tokens
+        self.stop_tokens = set(stop_tokens(model) if o.stop_tokens is None else o.stop_tokens)
+        self.lengths = [len(ids) for ids in prompts]
+        length = max(self.lengths) + max_new_tokens + spare
+        device = model.device
+        self.cache = KVCache(config, len(prompts), length, num_steps, o.kv, o.kv_slots, device, model.dtype)
+        self.rope = model.rope(torch.arange(length, device=device))  # (L, c/2)
+        self.seed = torch.tensor(seeds, device=device)[:, None]  # (B, 1)
+        self.filler = config.pad_token_id or 0  # stands where no token is known yet
+        self.tokens = torch.full((len(prompts), length), self.filler)  # (B, L)
+        for row, ids in enumerate(prompts):
+            self.tokens[row, : len(ids)] = torch.tensor(ids)
+        self.tokens = self.tokens.to(device)
+        everywhere = torch.arange(length, device=device).expand(len(prompts), -1)
+        # (B, L, d): a position that was not opened yet holds its initial state
+        self.state = model.initial_state(everywhere, seed=self.seed, scale=o.init_scale)
+        self.generations = [Generation(trace=[] if o.trace else None) for _ in prompts]
+        self.finished = [False] * len(prompts)
+        self.passes = self.row_steps = self.decodes = 0
+
+    def window(self, starts: list[int], width: int) -> Window:
+        """Positions starts[b] .. starts[b] + width - 1 of every row b."""
+        return self.cache.window(starts, width, self.rope)
+
+    def embed(self, at: Window) -> Tensor:
+        """Prelude of the window's tokens: e (B, W, d)."""
+        return self.model.prelude(at.read(self.tokens), at)
+
+    def recur(self, s: Tensor, e: Tensor, at: Window, depth: int | Tensor) -> Tensor:
+        """One recurrence step of the window, (B, W, d) -> (B, W, d); depth: steps before it, int or (B, W)."""
+        self.passes += 1
+        self.row_steps += s.shape[1]
+        return self.model.recur(s, e, at, depth)
+
+    def decode(self, s: Tensor, at: Window, only: Tensor | None = None) -> Tensor:
+        """Coda of the window: logits (B, W, V); with `only` (B,) int64, of that one cell of each row: (B, 1, V)."""
+        self.decodes += 1
+        return self.model.coda(s, at, only)
+
+    def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """The token that follows each of positions (B or 1, W): (B, W) int64."""
+        positions = positions.expand(len(self.lengths), -1)
+        return self.choice.choose(logits, self.tokens, positions, self.seed)
+
+    def prefill(self) -> Tensor:
+        """Run all prompts r steps deep in parallel, fill the cache, and choose the first new tokens: (B,) int64.
+
+        Shorter prompts are padded on the right.  What padding leaves in the cache is behind every real position,
+        so nothing sees it before it is overwritten.
+        """
+        at = self.window([0] * len(self.lengths), max(self.lengths))
+        s, e = at.read(self.state), self.embed(at)  # (B, T, d) each
+        for depth in range(self.num_steps):
+            s = self.recur(s, e, at, depth)
+        last = torch.tensor(self.lengths, device=s.device) - 1  # (B,)
+        logits = self.decode(s, at, only=last)  # (B, 1, V)
+        self.row_steps = 0
+        return self.choose(logits, last[:, None])[:, 0]
+
+    def commit(self, row: int, token: int, depth: int) -> None:
+        """Make a row's next token final: record it, tell on_token, and end the row if it was the last one."""
+        generation = self.generations[row]
+        generation.tokens.append(token)
+        generation.depth.append(depth)
+        generation.passes, generation.row_steps, generation.decodes = self.passes, self.row_steps, self.decodes
+        self.finished[row] = token in self.stop_tokens or len(generation.tokens) == self.max_new_tokens
+        if self.options.on_token is not None:
+            go_on = self.options.on_token(token) if self.single else self.options.on_token(token, row)
+            self.finished[row] |= go_on is False
+
+    def next_position(self, row: int) -> int:
+        """The position of the last final token of a row: the one whose state predicts the next."""
+        return self.lengths[row] + len(self.generations[row].tokens) - 1
+
+    def results(self) -> Generation | list[Generation]:
+        """One Generation for a single prompt, a list for a batch."""
+        return self.generations[0] if self.single else self.generations
+
+
+def stop_tokens(model: RecurrentDepthLM) -> list[int]:
+    """The ids that end a generation: the checkpoint's generation config's, else the config's eos_token_id."""
+    ids = model.generation_config.get("eos_token_id", model.config.eos_token_id)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,199 @@
+"""Keys and values of everything decided so far, pre-allocated and written in place.
+
+A looped block has one set of weights but meets every token r times, and each time its keys and values differ.
+How many of them to keep is a choice (arXiv 2502.05171, section 6.2; arXiv 2510.14961, section 3.2):
+
+    "full"     own keys and values for every recurrence step: step j of a token reads step j of its past
+    "shared"   m slots, step j uses slot j mod m; a later step overwrites an earlier one.  m = 1, the paper's,
+               needs r times less memory: past tokens then show the keys and values of their last step
+
+    core[k or v]   (layers, slots, B, H, L, c)        slots: num_steps or m
+                          |             |
+                       by depth     by position       <- the position x depth grid, literally
+
+Prelude and coda are passed once and have one slot.  Notebook: 04_kv_cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minirec.config import RecurrentConfig
+
+
+def bytes_per_token(
+    config: RecurrentConfig, num_steps: int, kv: str = "full", kv_slots: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes that one token of one sequence takes: 2 (k and v) x layer calls kept x d x bytes of a number."""
+    slots = num_steps if kv == "full" else kv_slots
+    calls = config.n_layers_in_prelude + config.n_layers_in_recurrent_block * slots + config.n_layers_in_coda
+    return 2 * calls * config.n_embd * dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of B rows at L positions, for every layer; allocated once, never grown.
+
+    batch B, length L in tokens; num_steps: recurrence steps that "full" keeps apart (deeper steps share the
+    last slot).  Raises ValueError for an unknown kind, for no slots, or for more slots than steps.
+    """
+
+    def __init__(
+        self,
+        config: RecurrentConfig,
+        batch: int,
+        length: int,
+        num_steps: int,
+        kv: str = "full",
+        kv_slots: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        if kv not in ("full", "shared"):
+            raise ValueError(f"kv is {kv!r}; it must be 'full' or 'shared'")
+        if not 1 <= kv_slots <= num_steps:
+            raise ValueError(f"kv_slots is {kv_slots}; it must be from 1 to num_steps, here {num_steps}")
+        self.kv, self.slots = kv, num_steps if kv == "full" else kv_slots
+        self.batch, self.length = batch, length
+
+        def keys_and_values(layers: int, slots: int) -> Tensor:
+            # zeros, not empty: a masked key has weight 0, and 0 times the NaN of unset memory would be NaN
+            shape = (2, layers, slots, batch, config.n_heads, length, config.head_dim)
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.parts = {
+            "prelude": keys_and_values(config.n_layers_in_prelude, 1),
+            "core": keys_and_values(config.n_layers_in_recurrent_block, self.slots),
+            "coda": keys_and_values(config.n_layers_in_coda, 1),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(t.nbytes for t in self.parts.values())
+
+    def slot(self, depth: int | Tensor) -> int | Tensor:
+        """The slot of a recurrence step: `depth` counts the steps before it, an int or int64 (B, W)."""
+        if self.slots == 1:
+            return 0
+        if self.kv == "shared":
+            return depth % self.slots
+        return min(depth, self.slots - 1) if isinstance(depth, int) else depth.clamp(max=self.slots - 1)
+
+    def window(self, starts: list[int], width: int, rope: Tensor) -> Window:
+        """The window of `width` positions from starts[b] on in each row b; rope: the table of all L positions.
+
+        Raises ValueError if it would reach past the end of the cache.
+        """
+        end = max(starts) + width
+        if end > self.length:
+            raise ValueError(f"position {end - 1} is outside the cache, which was allocated for {self.length} tokens")
+        device = rope.device
+        if len(set(starts)) == 1:  # every row at the same positions: slices, no gathers
+            start = starts[0]
+            positions = torch.arange(start, end, device=device)[None]  # (1, W)
+            rope = rope[None, start:end]
+        else:
+            start = None
+            positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # (B, W)
+            rope = rope[positions]
+        mask = None
+        if start is None or (width > 1 and start > 0):  # else: all that is stored is visible, or plain causal
+            seen = torch.arange(end, device=device) <= positions[..., None]  # (B or 1, W, end)
+            dtype = self.parts["core"].dtype
+            mask = torch.where(seen, 0.0, float("-inf")).to(dtype)[:, None]  # (B or 1, 1, W, end)
+        return Window(self, positions, rope, start, end, mask)
+
+    def copy_deeper(self, row: int, start: int, depths: list[int]) -> None:
+        """Let positions of a row that stopped early stand in for the steps they never ran.
+
+        With "full", a later token that loops deeper would find nothing there; it reads the last step that was
+        run ("latest": 2502.05171, remark 6.1).  depths: steps run by each position from `start` on.  Shared slots
+        need no copy.
+        """
+        if self.kv == "full":
+            core = self.parts["core"][:, :, :, row]  # (2, layers, slots, H, L, c)
+            for position, depth in enumerate(depths, start):
+                core[:, :, depth:, :, position] = core[:, :, depth - 1 : depth, :, position]
+
+
+@dataclass
+class Window:
+    """A few positions of every row: what one pass computes, against all that the cache holds before them.
+
+    positions (B or 1, W) int64; rope (B or 1, W, c/2); `start` if all rows share it; `end`: one past the last
+    position; mask (B or 1, 1, W, end) additive, or None where nothing has to be hidden.
+    """
+
+    cache: KVCache
+    positions: Tensor
+    rope: Tensor
+    start: int | None
+    end: int
+    mask: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """W, the number of positions."""
+        return self.positions.shape[1]
+
+    @property
+    def rows(self) -> Tensor:
+        """Row numbers (B, 1), to index together with positions."""
+        return torch.arange(self.cache.batch, device=self.positions.device)[:, None]
+
+    def read(self, grid: Tensor) -> Tensor:
+        """The window's part of a tensor over all positions: (B, L, ...) -> (B, W, ...)."""
+        return grid[:, self.start : self.end] if self.start is not None else grid[self.rows, self.positions]
+
+    def write(self, grid: Tensor, values: Tensor) -> None:
+        """Put values (B, W, ...) at the window's positions of grid (B, L, ...), in place."""
+        if self.start is not None:
+            grid[:, self.start : self.end] = values
+        else:
+            grid[self.rows, self.positions] = values
+
+    def layer(self, part: str, index: int, depth: int | Tensor = 0) -> Layer:
+        """The keys and values of one layer as this window sees them; depth: int, or int64 (B, W) per cell."""
+        keys, values = self.cache.parts[part][:, index]  # (slots, B, H, L, c) each
+        slot = self.cache.slot(depth) if part == "core" else 0
+        return Layer(self, keys, values, slot)
+
+
+@dataclass
+class Layer:
+    """One layer's keys and values, (slots, B, H, L, c) each, seen from a window at one slot or one per cell."""
+
+    window: Window
+    keys: Tensor
+    values: Tensor
+    slot: int | Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v of the window, then attend: q, k, v (B, H, W, c) -> (B, H, W, c)."""
+        at = self.window
+        if isinstance(self.slot, int):
+            keys, values = self.keys[self.slot], self.values[self.slot]  # (B, H, L, c)
+            if at.start is not None:
+                keys[:, :, at.start : at.end] = k
+                values[:, :, at.start : at.end] = v
+            else:
+                keys[at.rows, :, at.positions] = k.transpose(1, 2)
+                values[at.rows, :, at.positions] = v.transpose(1, 2)
+            keys, values = keys[:, :, : at.end], values[:, :, : at.end]
+            causal = at.start == 0 and at.mask is None
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask, is_causal=causal)
+        # every cell at its own depth: gather each cell's slot, and let the cells be the batch of the attention
+        positions = at.positions.expand(self.slot.shape)  # (B, W)
+        self.keys[self.slot, at.rows, :, positions] = k.transpose(1, 2)
+        self.values[self.slot, at.rows, :, positions] = v.transpose(1, 2)
+        keys = self.keys[self.slot, at.rows, :, : at.end].flatten(0, 1)  # (B W, H, end, c)
+        values = self.values[self.slot, at.rows, :, : at.end].flatten(0, 1)
+        seen = torch.arange(at.end, device=q.device) <= positions.flatten()[:, None]  # (B W, end)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2).flatten(0, 1)[:, :, None], keys, values, attn_mask=seen[:, None, None]
+        )  # (B W, H, 1, c)
+        return y.squeeze(2).unflatten(0, self.slot.shape).transpose(1, 2)

@@ -1,0 +1,283 @@
+"""The recurrent-depth transformer: a prelude, a block that is iterated, and a coda.
+
+    tokens --P--> e                         (B, T, d)    prelude: the input embedding, computed once
+    s0 ~ truncated normal                   (B, T, d)    initial state: noise
+    s_k = R(s_{k-1}, e),  k = 1..r          (B, T, d)    one recurrence step; e is injected every time
+    C(s_r) --> logits                       (B, T, V)    coda
+
+The block R always sees e, so it can be iterated for as long as one likes: depth is chosen when the model
+runs, not when it is built.  This is the architecture of Huginn-0125 at any size (arXiv 2502.05171, section 3;
+parameter names are those of its checkpoint), and the model that arXiv 2510.14961 samples from.
+
+| here | paper | | here | paper |
+|---|---|---|---|---|
+| `prelude` | P | | `num_steps` | r |
+| `recur` | R | | `e`, `s` | e, s_i |
+| `coda` | C | | `n_embd` | h |
+
+Notebook: 01_recurrent_block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minirec.config import RecurrentConfig
+from minirec.noise import truncated_normal
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, with the statistics in float32 (2502.05171, section 3.2)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
+    """Unit complex numbers exp(i p theta_c) that rotate channel pair c of a query or key at position p.
+
+    positions (..., T) int64 -> (..., T, head_dim/2) complex64, theta_c = base^(-2c / head_dim).
+    Angles are formed in float32, as the published checkpoint was trained with.
+    """
+    theta = base ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None].float() * theta  # (..., T, head_dim/2)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the adjacent channel pairs (0, 1), (2, 3), ... of x (..., T, n, H, head_dim) by rope (..., T, c).
+
+    A pair is one complex number, so the rotation is one multiplication; it is done in float32 or wider.
+    """
+    pairs = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))  # (..., T, n, H, head_dim/2)
+    return torch.view_as_real(pairs * rope[..., None, None, :]).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions and a learned offset on queries and keys."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.Wqkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        # one row for q, one for k; the singleton axis broadcasts over T
+        shape = (2, 1, config.n_heads, config.head_dim)
+        self.qk_bias = nn.Parameter(torch.zeros(shape)) if config.qk_bias else None
+
+    def forward(self, x: Tensor, rope: Tensor, kv=None) -> Tensor:
+        """x (B, T, d), rope (B or 1, T, head_dim/2) -> (B, T, d).
+
+        Without `kv` the T positions attend to each other causally.  With it (one layer of a KV cache at one
+        window), the new keys and values are written first and the window attends to all that is stored.
+        """
+        qkv = rearrange(self.Wqkv(x), "b t (n h c) -> b t n h c", n=3, h=self.n_heads)
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # (B, T, 2, H, c), (B, T, H, c)
+        if self.qk_bias is not None:
+            qk = qk + self.qk_bias.squeeze(1)
+        q, k = rotate(qk, rope).unbind(2)  # (B, T, H, c) each
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, c)
+        if kv is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = kv.attend(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
+
+
+class GatedMLP(nn.Module):
+    """silu(W1 x) * (W2 x), projected back; W1 and W2 are stored as one matrix `fc`, the gate first."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc(x).chunk(2, dim=-1)  # (B, T, intermediate_size) each
+        return self.proj(F.silu(gate) * value)
+
+
+class SandwichBlock(nn.Module):
+    """A transformer block normalised before each branch and again after each residual sum.
+
+        x <- norm_2(x + attn(norm_1(x)));   x <- norm_4(x + mlp(norm_3(x)))
+
+    The norms after the sum keep the state's size fixed however often the block is looped; without them the
+    3.5B training collapsed (2502.05171, sections 3.2 and 4.3).
+    """
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__()
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm_3 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = GatedMLP(config)
+        self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor, kv=None) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        x = self.norm_2(x + self.attn(self.norm_1(x), rope, kv))
+        return self.norm_4(x + self.mlp(self.norm_3(x)))
+
+
+@dataclass
+class Output:
+    """What a forward pass gives: logits (B, T, V) in float32 or wider; state (B, T, d), raw, before ln_f."""
+
+    logits: Tensor
+    state: Tensor
+
+
+class RecurrentDepthLM(nn.Module):
+    """A recurrent-depth language model: prelude, iterated recurrent block, coda (2502.05171, section 3.2).
+
+    The three parts are methods and can be used alone.  Each takes `at`, a window of a KV cache
+    (`minirec.kv_cache`), to run on a few positions against a stored context; without it the tokens stand at
+    positions 0..T-1 and attend to each other.
+    """
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__()
+        self.config = config
+        self.generation_config: dict = {}  # decoding defaults that came with the checkpoint, if any
+
+        def blocks(n: int) -> nn.ModuleList:
+            return nn.ModuleList(SandwichBlock(config) for _ in range(n))
+
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "prelude": blocks(config.n_layers_in_prelude),
+                "adapter": nn.Linear(2 * config.n_embd, config.n_embd, bias=False),
+                "core_block": blocks(config.n_layers_in_recurrent_block),
+                "coda": blocks(config.n_layers_in_coda),
+                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initialisation of Takase et al. as Huginn uses it (2502.05171, section 3.2).
+
+        Truncated normals (at three sigma): variance 2/(5d), and 1/(5 d l) for the two projections that write
+        to the residual stream, l the number of blocks passed at the mean recurrence; offsets 0, norms 1.
+        """
+        std = self.config.init_std
+        out_std = math.sqrt(1 / (5 * self.config.n_embd * self.config.effective_depth))
+        for name, p in self.named_parameters():
+            if p.dim() == 1:  # norm weights
+                p.fill_(1.0)
+            elif name.endswith("qk_bias"):
+                p.zero_()
+            else:
+                sigma = out_std if name.endswith("proj.weight") else std
+                nn.init.trunc_normal_(p, std=sigma, a=-3 * sigma, b=3 * sigma)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return self.transformer.wte.weight.dtype
+
+    def rope(self, positions: Tensor) -> Tensor:
+        """The rotation of every position: (..., T) int64 -> (..., T, head_dim/2) complex64."""
+        return rope_table(positions, self.config.head_dim, self.config.rope_base)
+
+    def _rope(self, x: Tensor, at) -> Tensor:
+        return self.rope(torch.arange(x.shape[1], device=x.device)[None]) if at is None else at.rope
+
+    def initial_state(self, positions: Tensor, seed: int | Tensor = 0, scale: float = 1.0) -> Tensor:
+        """The state before the first step: truncated normal of variance 2/5 (2502.05171, 3.2), times scale.
+
+        positions (..., T) int64 -> (..., T, d) in the model's dtype.  A position's state depends on
+        (seed, position) alone: not on the batch, on the cache, or on when it is asked for.  Scale 0 gives zeros.
+        """
+        std = self.config.init_std * math.sqrt(self.config.n_embd) * scale
+        return truncated_normal(seed, positions, self.config.n_embd, std).to(self.dtype)
+
+    def prelude(self, tokens: Tensor, at=None) -> Tensor:
+        """P: tokens (B, T) int64 -> e (B, T, d), what every recurrence step is conditioned on."""
+        e = self.transformer.wte(tokens) * math.sqrt(self.config.n_embd)  # (B, T, d)
+        rope = self._rope(e, at)
+        for i, block in enumerate(self.transformer.prelude):
+            e = block(e, rope, at and at.layer("prelude", i))
+        return e
+
+    def recur(self, s: Tensor, e: Tensor, at=None, depth=0) -> Tensor:
+        """R: one recurrence step, (B, T, d), (B, T, d) -> (B, T, d).
+
+        `depth` counts the steps that s has had; it only matters to a cache, which files keys and values by it.
+        """
+        s = self.transformer.adapter(torch.cat([s, e], dim=-1))  # (B, T, 2d) -> (B, T, d)
+        rope = self._rope(s, at)
+        for i, block in enumerate(self.transformer.core_block):
+            s = block(s, rope, at and at.layer("core", i, depth))
+        return s
+
+    def coda(self, s: Tensor, at=None, only: Tensor | None = None) -> Tensor:
+        """C: state (B, T, d) -> logits (B, T, V): ln_f, coda blocks, the same ln_f again, head.
+
+        With `only` (B,) int64, the head reads that one position of each row: (B, 1, V).
+        """
+        x = self.transformer.ln_f(s)
+        rope = self._rope(x, at)
+        for i, block in enumerate(self.transformer.coda):
+            x = block(x, rope, at and at.layer("coda", i))
+        if only is not None:
+            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def forward(self, tokens: Tensor, num_steps: int | None = None, state: Tensor | None = None) -> Output:
+        """Run `num_steps` recurrence steps on tokens (B, T) int64, from `state` (B, T, d) or the initial one.
+
+        num_steps None is the config's mean_recurrence.  Since `state` goes in and comes out, r1 steps and
+        then r2 more are r1 + r2 steps.  Raises ValueError if the tokens are longer than the context.
+        """
+        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.config.block_size:
+            raise ValueError(
+                f"tokens has shape {tuple(tokens.shape)}; it must be (B, T) with T from 1 to {self.config.block_size}"
+            )
+        num_steps = self.config.mean_recurrence if num_steps is None else num_steps
+        if num_steps < 0:
+            raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
+        e = self.prelude(tokens)
+        s = self.initial_state(torch.arange(tokens.shape[1], device=e.device).expand_as(tokens))
+        s = s if state is None else state
+        for _ in range(num_steps):
+            s = self.recur(s, e)
+        return Output(logits=self.coda(s), state=s)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options) -> RecurrentDepthLM:
+        """Load a checkpoint: `"tiny"` (shipped), a folder, or a hub id; see `minirec.checkpoint.load`."""
+        from minirec import checkpoint
+
+        return checkpoint.load(name, **options)
+
+    def save_pretrained(self, folder, **options) -> None:
+        """Write a checkpoint that this class and the official one read; see `minirec.checkpoint.save`."""
+        from minirec import checkpoint
+
+        checkpoint.save(self, folder, **options)
