@@ -41,7 +41,11 @@ ARCHITECTURE = {
     "injection_type": "linear",
     "bias": False,
 }
-STATED = {"state_init": "like-init", "init_strategy": "takase", "sampling_scheme": "poisson-lognormal-filling"}
+STATED = {
+    "state_init": "like-init",
+    "init_strategy": "takase",
+    "sampling_scheme": "poisson-lognormal-filling",
+}
 
 
 def load(
@@ -101,7 +105,10 @@ def save(model: RecurrentDepthLM, folder: str | Path, *, max_shard_size: str = "
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        _replace(folder / file, lambda p, n=names: save_file({k: tensors[k] for k in n}, p, metadata={"format": "pt"}))
+        _replace(
+            folder / file,
+            lambda p, n=names: save_file({k: tensors[k] for k in n}, p, metadata={"format": "pt"}),
+        )
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     for stale in {*folder.glob("model*.safetensors"), folder / INDEX}:

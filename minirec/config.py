@@ -66,9 +66,7 @@ class RecurrentConfig:
     def effective_depth(self) -> int:
         """Blocks a token passes at the mean recurrence: the `l` of the initialisation (2502.05171, 3.2)."""
         return (
-            self.n_layers_in_prelude
-            + self.n_layers_in_recurrent_block * self.mean_recurrence
-            + self.n_layers_in_coda
+            self.n_layers_in_prelude + self.n_layers_in_recurrent_block * self.mean_recurrence + self.n_layers_in_coda
         )
 
     @property

@@ -17,14 +17,16 @@ code of its own.  Notebook: 06_diffusion_forcing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minirec.kv_cache import KVCache, Window
-from minirec.recurrent_block import RecurrentDepthLM
+from minirec.recurrent_block import RecurrentDepthLM, rotate
 from minirec.token_choice import TokenChoice
 
 
@@ -97,7 +99,13 @@ class Grid:
     """
 
     def __init__(
-        self, model: RecurrentDepthLM, prompt, max_new_tokens: int, num_steps: int | None = None, spare: int = 0, **options
+        self,
+        model: RecurrentDepthLM,
+        prompt,
+        max_new_tokens: int,
+        num_steps: int | None = None,
+        spare: int = 0,
+        **options,
     ):
         config, o = model.config, Options(**options)
         prompts, self.single = as_rows(prompt)
@@ -123,7 +131,9 @@ class Grid:
                 )
         seeds = [o.seed] * len(prompts) if isinstance(o.seed, int) else list(o.seed)
         if len(seeds) != len(prompts):
-            raise ValueError(f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each")
+            raise ValueError(
+                f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each"
+            )
 
         self.model, self.options = model, o
         self.choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
@@ -133,7 +143,7 @@ class Grid:
         length = max(self.lengths) + max_new_tokens + spare
         device = model.device
         self.cache = KVCache(config, len(prompts), length, num_steps, o.kv, o.kv_slots, device, model.dtype)
-        self.rope = model.rope(torch.arange(length, device=device))  # (L, c/2)
+        self.rope = model.rope(torch.arange(length, device=device))  # (L, 1, 1, c/2)
         self.seed = torch.tensor(seeds, device=device)[:, None]  # (B, 1)
         self.filler = config.pad_token_id or 0  # stands where no token is known yet
         self.tokens = torch.full((len(prompts), length), self.filler)  # (B, L)
@@ -143,9 +153,27 @@ class Grid:
         everywhere = torch.arange(length, device=device).expand(len(prompts), -1)
         # (B, L, d): a position that was not opened yet holds its initial state
         self.state = model.initial_state(everywhere, seed=self.seed, scale=o.init_scale)
+        self._look_up(model)
         self.generations = [Generation(trace=[] if o.trace else None) for _ in prompts]
         self.finished = [False] * len(prompts)
         self.passes = self.row_steps = self.decodes = 0
+
+    def _look_up(self, model: RecurrentDepthLM) -> None:
+        """Keep every weight at hand, so that a step touches tensors only."""
+
+        def weights(b) -> tuple:
+            qk_bias = None if b.attn.qk_bias is None else b.attn.qk_bias.squeeze(1)  # (2, H, c)
+            attention = (b.norm_1.weight, b.attn.Wqkv.weight, qk_bias, b.attn.proj.weight, b.norm_2.weight)
+            return (*attention, b.norm_3.weight, b.mlp.fc.weight, b.mlp.proj.weight, b.norm_4.weight)
+
+        parts = model.transformer
+        self.prelude, self.core, self.coda = (
+            [weights(b) for b in blocks] for blocks in (parts.prelude, parts.core_block, parts.coda)
+        )
+        self.embedding, self.adapter, self.ln_f = parts.wte.weight, parts.adapter.weight, parts.ln_f.weight
+        self.head, self.n_heads = model.lm_head.weight, model.config.n_heads
+        plain = model.device.type != "cpu" or model.dtype not in (torch.float32, torch.float64)
+        self.eps = None if plain else torch.tensor(model.config.norm_eps, dtype=model.dtype)
 
     def window(self, starts: list[int], width: int) -> Window:
         """Positions starts[b] .. starts[b] + width - 1 of every row b."""
@@ -153,18 +181,57 @@ class Grid:
 
     def embed(self, at: Window) -> Tensor:
         """Prelude of the window's tokens: e (B, W, d)."""
-        return self.model.prelude(at.read(self.tokens), at)
+        self.decodes += 1
+        x = F.embedding(at.read(self.tokens), self.embedding) * math.sqrt(self.embedding.shape[1])
+        for layer, weights in enumerate(self.prelude):
+            x = self.block(weights, x, at, "prelude", layer, 0)
+        return x
 
     def recur(self, s: Tensor, e: Tensor, at: Window, depth: int | Tensor) -> Tensor:
-        """One recurrence step of the window, (B, W, d) -> (B, W, d); depth: steps before it, int or (B, W)."""
+        """One recurrence step of the window, (B, W, d) -> (B, W, d).
+
+        depth: the steps that each cell has had, an int or int64 (B, W); the cache files keys and values by it.
+        """
         self.passes += 1
         self.row_steps += s.shape[1]
-        return self.model.recur(s, e, at, depth)
+        slot = self.cache.slot(depth)
+        s = F.linear(torch.cat([s, e], dim=-1), self.adapter)
+        for layer, weights in enumerate(self.core):
+            s = self.block(weights, s, at, "core", layer, slot)
+        return s
 
     def decode(self, s: Tensor, at: Window, only: Tensor | None = None) -> Tensor:
         """Coda of the window: logits (B, W, V); with `only` (B,) int64, of that one cell of each row: (B, 1, V)."""
-        self.decodes += 1
-        return self.model.coda(s, at, only)
+        x = self.norm(s, self.ln_f)
+        for layer, weights in enumerate(self.coda):
+            x = self.block(weights, x, at, "coda", layer, 0)
+        if only is not None:
+            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
+        logits = F.linear(self.norm(x, self.ln_f), self.head)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def block(self, weights: tuple, x: Tensor, at: Window, part: str, layer: int, slot: int | Tensor) -> Tensor:
+        """`SandwichBlock` over a window with stored keys and values: (B, W, d) -> (B, W, d).
+
+        The same arithmetic as the module, laid flat: at batch 1 on a CPU, looking up submodules and calling them
+        took as long as the matrix products (benchmarks/overhead.py).
+        """
+        norm_1, qkv, qk_bias, out, norm_2, norm_3, fc, proj, norm_4 = weights
+        qkv = F.linear(self.norm(x, norm_1), qkv).view(*x.shape[:2], 3, self.n_heads, -1)  # (B, W, 3, H, c)
+        qk = qkv[:, :, :2] if qk_bias is None else qkv[:, :, :2] + qk_bias
+        q, k = rotate(qk, at.rope).transpose(1, 3).unbind(2)  # (B, H, W, c) each
+        y = at.attend(part, layer, slot, q, k, qkv[:, :, 2].transpose(1, 2))  # (B, W, H, c)
+        x = self.norm(F.linear(y.flatten(2), out).add_(x), norm_2)
+        gate, value = F.linear(self.norm(x, norm_3), fc).chunk(2, dim=-1)
+        return self.norm(F.linear(F.silu(gate).mul_(value), proj).add_(x), norm_4)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm, (..., d) -> (..., d); in float32 on a CPU four small kernels are faster than PyTorch's own."""
+        if self.eps is None:
+            return F.rms_norm(x, weight.shape, weight, self.model.config.norm_eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()  # 1 / rms
+        return (x * scale).mul_(weight)
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The token that follows each of positions (B or 1, W): (B, W) int64."""
@@ -191,7 +258,11 @@ class Grid:
         generation = self.generations[row]
         generation.tokens.append(token)
         generation.depth.append(depth)
-        generation.passes, generation.row_steps, generation.decodes = self.passes, self.row_steps, self.decodes
+        generation.passes, generation.row_steps, generation.decodes = (
+            self.passes,
+            self.row_steps,
+            self.decodes,
+        )
         self.finished[row] = token in self.stop_tokens or len(generation.tokens) == self.max_new_tokens
         if self.options.on_token is not None:
             go_on = self.options.on_token(token) if self.single else self.options.on_token(token, row)

@@ -16,8 +16,6 @@ Prelude and coda are passed once and have one slot.  Notebook: 04_kv_cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +24,11 @@ from minirec.config import RecurrentConfig
 
 
 def bytes_per_token(
-    config: RecurrentConfig, num_steps: int, kv: str = "full", kv_slots: int = 1, dtype: torch.dtype = torch.bfloat16
+    config: RecurrentConfig,
+    num_steps: int,
+    kv: str = "full",
+    kv_slots: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> int:
     """Bytes that one token of one sequence takes: 2 (k and v) x layer calls kept x d x bytes of a number."""
     slots = num_steps if kv == "full" else kv_slots
@@ -69,6 +71,11 @@ class KVCache:
             "core": keys_and_values(config.n_layers_in_recurrent_block, self.slots),
             "coda": keys_and_values(config.n_layers_in_coda, 1),
         }
+        # the same memory as (keys, values), (B, H, L, c) each, of every layer and slot: a step looks them up
+        self.views = {
+            name: [[tuple(kv[:, layer, slot]) for slot in range(kv.shape[2])] for layer in range(kv.shape[1])]
+            for name, kv in self.parts.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -88,24 +95,11 @@ class KVCache:
 
         Raises ValueError if it would reach past the end of the cache.
         """
-        end = max(starts) + width
-        if end > self.length:
-            raise ValueError(f"position {end - 1} is outside the cache, which was allocated for {self.length} tokens")
-        device = rope.device
-        if len(set(starts)) == 1:  # every row at the same positions: slices, no gathers
-            start = starts[0]
-            positions = torch.arange(start, end, device=device)[None]  # (1, W)
-            rope = rope[None, start:end]
-        else:
-            start = None
-            positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # (B, W)
-            rope = rope[positions]
-        mask = None
-        if start is None or (width > 1 and start > 0):  # else: all that is stored is visible, or plain causal
-            seen = torch.arange(end, device=device) <= positions[..., None]  # (B or 1, W, end)
-            dtype = self.parts["core"].dtype
-            mask = torch.where(seen, 0.0, float("-inf")).to(dtype)[:, None]  # (B or 1, 1, W, end)
-        return Window(self, positions, rope, start, end, mask)
+        if max(starts) + width > self.length:
+            raise ValueError(
+                f"position {max(starts) + width - 1} is outside the cache, which was allocated for {self.length} tokens"
+            )
+        return Window(self, starts, width, rope)
 
     def copy_deeper(self, row: int, start: int, depths: list[int]) -> None:
         """Let positions of a row that stopped early stand in for the steps they never ran.
@@ -120,25 +114,33 @@ class KVCache:
                 core[:, :, depth:, :, position] = core[:, :, depth - 1 : depth, :, position]
 
 
-@dataclass
 class Window:
     """A few positions of every row: what one pass computes, against all that the cache holds before them.
 
-    positions (B or 1, W) int64; rope (B or 1, W, c/2); `start` if all rows share it; `end`: one past the last
-    position; mask (B or 1, 1, W, end) additive, or None where nothing has to be hidden.
+    positions (B or 1, W) int64; rope (B or 1, W, 1, 1, c/2); `start` if all rows share it, else None; `end`: one past
+    the last position; mask (B or 1, 1, W, end) additive, or None where nothing has to be hidden or `causal` does.
     """
 
-    cache: KVCache
-    positions: Tensor
-    rope: Tensor
-    start: int | None
-    end: int
-    mask: Tensor | None
-
-    @property
-    def width(self) -> int:
-        """W, the number of positions."""
-        return self.positions.shape[1]
+    def __init__(self, cache: KVCache, starts: list[int], width: int, rope: Tensor):
+        self.cache, self.width, self.end = cache, width, max(starts) + width
+        device = rope.device
+        self.mask, self.causal = None, False
+        if len(set(starts)) == 1:  # every row at the same positions: slices, no gathers
+            self.start = starts[0]
+            self.positions = torch.arange(self.start, self.end, device=device)[None]  # (1, W)
+            self.rope = rope[None, self.start : self.end]
+            self.causal = self.start == 0 and width > 1
+            hide = self.start > 0 and width > 1
+        else:
+            self.start = None
+            # (B, W)
+            self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+            self.rope = rope[self.positions]
+            hide = True
+        if hide:
+            seen = torch.arange(self.end, device=device) <= self.positions[..., None]  # (B or 1, W, end)
+            dtype = cache.parts["core"].dtype
+            self.mask = torch.where(seen, 0.0, float("-inf")).to(dtype)[:, None]  # (B or 1, 1, W, end)
 
     @property
     def rows(self) -> Tensor:
@@ -156,44 +158,30 @@ class Window:
         else:
             grid[self.rows, self.positions] = values
 
-    def layer(self, part: str, index: int, depth: int | Tensor = 0) -> Layer:
-        """The keys and values of one layer as this window sees them; depth: int, or int64 (B, W) per cell."""
-        keys, values = self.cache.parts[part][:, index]  # (slots, B, H, L, c) each
-        slot = self.cache.slot(depth) if part == "core" else 0
-        return Layer(self, keys, values, slot)
+    def attend(self, part: str, layer: int, slot: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the window's k and v in one layer, then attend to all it holds: (B, H, W, c) each -> (B, W, H, c).
 
-
-@dataclass
-class Layer:
-    """One layer's keys and values, (slots, B, H, L, c) each, seen from a window at one slot or one per cell."""
-
-    window: Window
-    keys: Tensor
-    values: Tensor
-    slot: int | Tensor
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v of the window, then attend: q, k, v (B, H, W, c) -> (B, H, W, c)."""
-        at = self.window
-        if isinstance(self.slot, int):
-            keys, values = self.keys[self.slot], self.values[self.slot]  # (B, H, L, c)
-            if at.start is not None:
-                keys[:, :, at.start : at.end] = k
-                values[:, :, at.start : at.end] = v
+        slot: one for all cells, or int64 (B, W), one for each.
+        """
+        if isinstance(slot, int):
+            keys, values = self.cache.views[part][layer][slot]  # (B, H, L, c) each
+            if self.start is not None:
+                keys.narrow(2, self.start, self.width).copy_(k)
+                values.narrow(2, self.start, self.width).copy_(v)
             else:
-                keys[at.rows, :, at.positions] = k.transpose(1, 2)
-                values[at.rows, :, at.positions] = v.transpose(1, 2)
-            keys, values = keys[:, :, : at.end], values[:, :, : at.end]
-            causal = at.start == 0 and at.mask is None
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask, is_causal=causal)
+                keys[self.rows, :, self.positions] = k.transpose(1, 2)
+                values[self.rows, :, self.positions] = v.transpose(1, 2)
+            keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, is_causal=self.causal)
+            return y.transpose(1, 2)
         # every cell at its own depth: gather each cell's slot, and let the cells be the batch of the attention
-        positions = at.positions.expand(self.slot.shape)  # (B, W)
-        self.keys[self.slot, at.rows, :, positions] = k.transpose(1, 2)
-        self.values[self.slot, at.rows, :, positions] = v.transpose(1, 2)
-        keys = self.keys[self.slot, at.rows, :, : at.end].flatten(0, 1)  # (B W, H, end, c)
-        values = self.values[self.slot, at.rows, :, : at.end].flatten(0, 1)
-        seen = torch.arange(at.end, device=q.device) <= positions.flatten()[:, None]  # (B W, end)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2).flatten(0, 1)[:, :, None], keys, values, attn_mask=seen[:, None, None]
-        )  # (B W, H, 1, c)
-        return y.squeeze(2).unflatten(0, self.slot.shape).transpose(1, 2)
+        keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
+        positions = self.positions.expand(slot.shape)  # (B, W)
+        keys[slot, self.rows, :, positions] = k.transpose(1, 2)
+        values[slot, self.rows, :, positions] = v.transpose(1, 2)
+        keys = keys[slot, self.rows, :, : self.end].flatten(0, 1)  # (B W, H, end, c)
+        values = values[slot, self.rows, :, : self.end].flatten(0, 1)
+        seen = torch.arange(self.end, device=q.device) <= positions.reshape(-1, 1)  # (B W, end)
+        q = q.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B W, H, 1, c)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+        return y.squeeze(2).unflatten(0, slot.shape)

@@ -47,22 +47,22 @@ class RMSNorm(nn.Module):
 def rope_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """Unit complex numbers exp(i p theta_c) that rotate channel pair c of a query or key at position p.
 
-    positions (..., T) int64 -> (..., T, head_dim/2) complex64, theta_c = base^(-2c / head_dim).
-    Angles are formed in float32, as the published checkpoint was trained with.
+    positions (..., T) int64 -> (..., T, 1, 1, head_dim/2) complex64, theta_c = base^(-2c / head_dim); the two
+    singleton axes stand for (q or k) and heads.  Angles are formed in float32, as in the published checkpoint.
     """
     theta = base ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[..., None].float() * theta  # (..., T, head_dim/2)
+    angle = positions[..., None, None, None].float() * theta  # (..., T, 1, 1, head_dim/2)
     return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the adjacent channel pairs (0, 1), (2, 3), ... of x (..., T, n, H, head_dim) by rope (..., T, c).
+    """Rotate the adjacent channel pairs (0, 1), (2, 3), ... of x (B, T, n, H, head_dim) by a rope table.
 
     A pair is one complex number, so the rotation is one multiplication; it is done in float32 or wider.
     """
-    pairs = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))  # (..., T, n, H, head_dim/2)
-    return torch.view_as_real(pairs * rope[..., None, None, :]).flatten(-2).to(x.dtype)
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))  # (B, T, n, H, head_dim/2)
+    return torch.view_as_real(pairs * rope).view(x.shape).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -77,23 +77,16 @@ class Attention(nn.Module):
         shape = (2, 1, config.n_heads, config.head_dim)
         self.qk_bias = nn.Parameter(torch.zeros(shape)) if config.qk_bias else None
 
-    def forward(self, x: Tensor, rope: Tensor, kv=None) -> Tensor:
-        """x (B, T, d), rope (B or 1, T, head_dim/2) -> (B, T, d).
-
-        Without `kv` the T positions attend to each other causally.  With it (one layer of a KV cache at one
-        window), the new keys and values are written first and the window attends to all that is stored.
-        """
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """x (B, T, d), rope (T, 1, 1, head_dim/2) -> (B, T, d); position t attends to positions 0..t."""
         qkv = rearrange(self.Wqkv(x), "b t (n h c) -> b t n h c", n=3, h=self.n_heads)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]  # (B, T, 2, H, c), (B, T, H, c)
         if self.qk_bias is not None:
-            qk = qk + self.qk_bias.squeeze(1)
+            qk = qk + rearrange(self.qk_bias, "n 1 h c -> n h c")
         q, k = rotate(qk, rope).unbind(2)  # (B, T, H, c) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, c)
-        if kv is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = kv.attend(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(rearrange(y, "b h t c -> b t (h c)"))  # (B, T, d)
 
 
 class GatedMLP(nn.Module):
@@ -127,9 +120,9 @@ class SandwichBlock(nn.Module):
         self.mlp = GatedMLP(config)
         self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, kv=None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        x = self.norm_2(x + self.attn(self.norm_1(x), rope, kv))
+        x = self.norm_2(x + self.attn(self.norm_1(x), rope))
         return self.norm_4(x + self.mlp(self.norm_3(x)))
 
 
@@ -144,9 +137,9 @@ class Output:
 class RecurrentDepthLM(nn.Module):
     """A recurrent-depth language model: prelude, iterated recurrent block, coda (2502.05171, section 3.2).
 
-    The three parts are methods and can be used alone.  Each takes `at`, a window of a KV cache
-    (`minirec.kv_cache`), to run on a few positions against a stored context; without it the tokens stand at
-    positions 0..T-1 and attend to each other.
+    The three parts are methods and can be used alone; the tokens stand at positions 0..T-1.  This is the plain
+    version, which training uses.  Decoding runs the same blocks a few positions at a time against stored keys and
+    values (`minirec.decoding`), and is tested to give the same numbers.
     """
 
     def __init__(self, config: RecurrentConfig):
@@ -201,11 +194,8 @@ class RecurrentDepthLM(nn.Module):
         return self.transformer.wte.weight.dtype
 
     def rope(self, positions: Tensor) -> Tensor:
-        """The rotation of every position: (..., T) int64 -> (..., T, head_dim/2) complex64."""
+        """The rotation of every position: (..., T) int64 -> (..., T, 1, 1, head_dim/2) complex64."""
         return rope_table(positions, self.config.head_dim, self.config.rope_base)
-
-    def _rope(self, x: Tensor, at) -> Tensor:
-        return self.rope(torch.arange(x.shape[1], device=x.device)[None]) if at is None else at.rope
 
     def initial_state(self, positions: Tensor, seed: int | Tensor = 0, scale: float = 1.0) -> Tensor:
         """The state before the first step: truncated normal of variance 2/5 (2502.05171, 3.2), times scale.
@@ -216,36 +206,31 @@ class RecurrentDepthLM(nn.Module):
         std = self.config.init_std * math.sqrt(self.config.n_embd) * scale
         return truncated_normal(seed, positions, self.config.n_embd, std).to(self.dtype)
 
-    def prelude(self, tokens: Tensor, at=None) -> Tensor:
+    def _rope_of(self, x: Tensor) -> Tensor:
+        return self.rope(torch.arange(x.shape[1], device=x.device))
+
+    def prelude(self, tokens: Tensor) -> Tensor:
         """P: tokens (B, T) int64 -> e (B, T, d), what every recurrence step is conditioned on."""
         e = self.transformer.wte(tokens) * math.sqrt(self.config.n_embd)  # (B, T, d)
-        rope = self._rope(e, at)
-        for i, block in enumerate(self.transformer.prelude):
-            e = block(e, rope, at and at.layer("prelude", i))
+        rope = self._rope_of(e)
+        for block in self.transformer.prelude:
+            e = block(e, rope)
         return e
 
-    def recur(self, s: Tensor, e: Tensor, at=None, depth=0) -> Tensor:
-        """R: one recurrence step, (B, T, d), (B, T, d) -> (B, T, d).
-
-        `depth` counts the steps that s has had; it only matters to a cache, which files keys and values by it.
-        """
+    def recur(self, s: Tensor, e: Tensor) -> Tensor:
+        """R: one recurrence step, state and embedding (B, T, d) each -> the next state (B, T, d)."""
         s = self.transformer.adapter(torch.cat([s, e], dim=-1))  # (B, T, 2d) -> (B, T, d)
-        rope = self._rope(s, at)
-        for i, block in enumerate(self.transformer.core_block):
-            s = block(s, rope, at and at.layer("core", i, depth))
+        rope = self._rope_of(s)
+        for block in self.transformer.core_block:
+            s = block(s, rope)
         return s
 
-    def coda(self, s: Tensor, at=None, only: Tensor | None = None) -> Tensor:
-        """C: state (B, T, d) -> logits (B, T, V): ln_f, coda blocks, the same ln_f again, head.
-
-        With `only` (B,) int64, the head reads that one position of each row: (B, 1, V).
-        """
+    def coda(self, s: Tensor) -> Tensor:
+        """C: state (B, T, d) -> logits (B, T, V) in float32 or wider: ln_f, coda blocks, ln_f again, head."""
         x = self.transformer.ln_f(s)
-        rope = self._rope(x, at)
-        for i, block in enumerate(self.transformer.coda):
-            x = block(x, rope, at and at.layer("coda", i))
-        if only is not None:
-            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
+        rope = self._rope_of(x)
+        for block in self.transformer.coda:
+            x = block(x, rope)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -154,7 +154,11 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
     folder.mkdir(parents=True, exist_ok=True)
     device = model.device
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     step, log = _resume(model, optimizer, config, folder)
     data = Batches(config)
@@ -217,7 +221,11 @@ def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log
         tensors[f"weight.{name}"] = p.detach().contiguous()
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}.{name}"] = optimizer.state[p][moment].contiguous()
-    run = {"step": str(step), "training": json.dumps(asdict(config)), "model": json.dumps(model.config.to_dict())}
+    run = {
+        "step": str(step),
+        "training": json.dumps(asdict(config)),
+        "model": json.dumps(model.config.to_dict()),
+    }
     save_file(tensors, folder / "state.safetensors.part", metadata=run)
     os.replace(folder / "state.safetensors.part", folder / "state.safetensors")
     os.replace(folder / "log.csv.part", folder / "log.csv")

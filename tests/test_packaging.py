@@ -96,9 +96,7 @@ def test_pins_apply_only_to_a_python_they_install_on():
         for python in ["3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0"]:
             where = {"python_full_version": python, "python_version": python.rpartition(".")[0]}
             if supported.contains(python) and (pin.marker is None or pin.marker.evaluate(where)):
-                assert installs_on.contains(python), (
-                    f"'{line}' needs a marker: it is for Python {installs_on}"
-                )
+                assert installs_on.contains(python), f"'{line}' needs a marker: it is for Python {installs_on}"
     if not checked:
         pytest.skip("nothing here is installed at its pinned version")
 
@@ -114,9 +112,7 @@ def test_environment_installs_this_package_with_its_tested_versions():
     assert "pip" in ENVIRONMENT["dependencies"]
     assert "-c constraints.txt" in pip_section
     (extras,) = [
-        match.group(1).split(",")
-        for entry in pip_section
-        if (match := re.fullmatch(r"-e \.\[([a-z,]+)\]", entry))
+        match.group(1).split(",") for entry in pip_section if (match := re.fullmatch(r"-e \.\[([a-z,]+)\]", entry))
     ]
     assert set(extras) <= EXTRAS.keys()
 
