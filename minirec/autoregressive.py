@@ -24,17 +24,17 @@ def generate(
     ValueError.  A row of a batch gets the tokens it would get alone.
     """
     grid = Grid(model, prompt, max_new_tokens, num_steps, **options)
-    rows = range(len(grid.lengths))
-    tokens = grid.prefill()  # (B,)
-    while True:
-        for row, token in enumerate(tokens.tolist()):
-            if not grid.finished[row]:
-                grid.commit(row, token, grid.num_steps)
-        if all(grid.finished):
-            return grid.results()
-        at = grid.window([grid.next_position(row) for row in rows], 1)
-        at.write(grid.tokens, tokens[:, None])
+    grid.prefill()
+    while not all(grid.finished):
+        starts = [grid.next_position(row) for row in range(len(grid.lengths))]
+        at = grid.window(starts, 1)
         e, s = grid.embed(at), at.read(grid.state)  # (B, 1, d) each
         for depth in range(grid.num_steps):
             s = grid.recur(s, e, at, depth)
-        tokens = grid.choose(grid.decode(s, at), at.positions)[:, 0]
+        tokens = grid.choose(grid.decode(s, at), at.positions)  # (B, 1)
+        at.write(grid.tokens[:, 1:], tokens)
+        for row, token in enumerate(tokens[:, 0].tolist()):
+            if not grid.finished[row]:
+                grid.commit(row, token, grid.num_steps)
+                grid.record(row, starts[row], [grid.num_steps], [token])
+    return grid.results()

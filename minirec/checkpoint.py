@@ -105,7 +105,7 @@ def save(model: RecurrentDepthLM, folder: str | Path, *, max_shard_size: str = "
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        _replace(
+        write_whole(
             folder / file,
             lambda p, n=names: save_file({k: tensors[k] for k in n}, p, metadata={"format": "pt"}),
         )
@@ -234,10 +234,10 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_json(path: Path, values: dict) -> None:
-    _replace(path, lambda p: Path(p).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n"))
+    write_whole(path, lambda p: Path(p).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n"))
 
 
-def _replace(path: Path, write) -> None:
+def write_whole(path: Path, write) -> None:
     """Write a file beside its place and move it there, so that it is never there in part."""
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     os.close(handle)

@@ -84,18 +84,18 @@ class Options:
 
 def as_rows(prompt) -> tuple[list[list[int]], bool]:
     """A prompt or a batch of prompts as lists of ids, and whether it was a single one."""
-    rows = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-    single = not rows or not isinstance(rows[0], (list, tuple, Tensor))
-    rows = [rows] if single else [r.tolist() if isinstance(r, Tensor) else list(r) for r in rows]
-    return rows, single
+    rows = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # tensors and arrays
+    rows = [r.tolist() if hasattr(r, "tolist") else r for r in rows]
+    single = not rows or not hasattr(rows[0], "__len__")
+    return [rows] if single else [list(r) for r in rows], single
 
 
 class Grid:
     """B sequences x L positions: tokens, states, depths, cache; and the four operations that advance a window.
 
     prompt: ids as a list or 1-D tensor, or a batch of such.  num_steps: r, None for the config's
-    mean_recurrence.  spare: positions allocated past the last one that can be needed.  Every argument is checked
-    before any work; what is wrong is a ValueError that names it.
+    mean_recurrence.  spare: positions allocated in a batch for rows that are narrower than the widest.  Every
+    argument is checked before any work; what is wrong is a ValueError that names it.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Grid:
         self.num_steps, self.max_new_tokens = num_steps, max_new_tokens
         self.stop_tokens = set(stop_tokens(model) if o.stop_tokens is None else o.stop_tokens)
         self.lengths = [len(ids) for ids in prompts]
-        length = max(self.lengths) + max_new_tokens + spare
+        length = max(self.lengths) + max_new_tokens + (spare if len(prompts) > 1 else 0)
         device = model.device
         self.cache = KVCache(config, len(prompts), length, num_steps, o.kv, o.kv_slots, device, model.dtype)
         self.rope = model.rope(torch.arange(length, device=device))  # (L, 1, 1, c/2)
@@ -238,8 +238,8 @@ class Grid:
         positions = positions.expand(len(self.lengths), -1)
         return self.choice.choose(logits, self.tokens, positions, self.seed)
 
-    def prefill(self) -> Tensor:
-        """Run all prompts r steps deep in parallel, fill the cache, and choose the first new tokens: (B,) int64.
+    def prefill(self) -> None:
+        """Run all prompts r steps deep in parallel, fill the cache, and commit the first new token of each row.
 
         Shorter prompts are padded on the right.  What padding leaves in the cache is behind every real position,
         so nothing sees it before it is overwritten.
@@ -248,10 +248,12 @@ class Grid:
         s, e = at.read(self.state), self.embed(at)  # (B, T, d) each
         for depth in range(self.num_steps):
             s = self.recur(s, e, at, depth)
-        last = torch.tensor(self.lengths, device=s.device) - 1  # (B,)
-        logits = self.decode(s, at, only=last)  # (B, 1, V)
+        last = torch.tensor(self.lengths, device=s.device)[:, None] - 1  # (B, 1)
+        tokens = self.choose(self.decode(s, at, only=last[:, 0]), last)  # (B, 1)
+        self.tokens.scatter_(1, last + 1, tokens)
         self.row_steps = 0
-        return self.choose(logits, last[:, None])[:, 0]
+        for row, token in enumerate(tokens[:, 0].tolist()):
+            self.commit(row, token, self.num_steps)
 
     def commit(self, row: int, token: int, depth: int) -> None:
         """Make a row's next token final: record it, tell on_token, and end the row if it was the last one."""
@@ -267,6 +269,12 @@ class Grid:
         if self.options.on_token is not None:
             go_on = self.options.on_token(token) if self.single else self.options.on_token(token, row)
             self.finished[row] |= go_on is False
+
+    def record(self, row: int, start: int, depths: list[int], guesses: list[int]) -> None:
+        """Note a finished outer step of a row for the plots, if a trace was asked for."""
+        if self.options.trace:
+            step = OuterStep(start, depths, guesses, frozen=self.next_position(row) + 1)
+            self.generations[row].trace.append(step)
 
     def next_position(self, row: int) -> int:
         """The position of the last final token of a row: the one whose state predicts the next."""

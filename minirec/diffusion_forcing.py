@@ -46,26 +46,26 @@ Notebook: 06_diffusion_forcing.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minirec.decoding import Generation, Grid, OuterStep
+from minirec.decoding import Generation, Grid
 from minirec.recurrent_block import RecurrentDepthLM
 
 PAPER = {"inner_steps": 4, "exit_threshold": 0.03}  # arXiv 2510.14961, section 5
 
 
-def blend(e: Tensor, previous: Tensor, momentum: float, old: Tensor) -> Tensor:
-    """Momentum of the conditioning (2510.14961, section 3.3): eta e_prev + (1 - eta) e where `old` (B, W), else e."""
-    return torch.where(old[..., None], momentum * previous + (1 - momentum) * e, e)
+def blend(e: Tensor, previous: Tensor, momentum: Tensor) -> Tensor:
+    """Momentum of the conditioning (2510.14961, section 3.3): eta e_prev + (1 - eta) e, eta (B, W) per position."""
+    return e.lerp(previous, momentum[..., None])
 
 
-def leading(settled: Tensor, freeze: str) -> Tensor:
-    """How many cells freeze: settled (B, W) bool -> (B,) int64, by the prefix or the last rule."""
+def leading(settled: np.ndarray, freeze: str) -> np.ndarray:
+    """How many cells of each row freeze, by the prefix or the last rule: settled (B, W) bool -> (B,) int."""
     if freeze == "prefix":
-        return settled.long().cumprod(dim=1).sum(dim=1)
-    index = torch.arange(1, settled.shape[1] + 1, device=settled.device)
-    return (settled * index).amax(dim=1)
+        return np.logical_and.accumulate(settled, axis=1).sum(axis=1)
+    return (settled * np.arange(1, settled.shape[1] + 1)).max(axis=1)
 
 
 @torch.inference_mode()
@@ -99,69 +99,70 @@ def generate(
     threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
     r = model.config.mean_recurrence if num_steps is None else num_steps
     _check(r, inner, threshold, schedule, freeze, headway, max_wavefront, noise, momentum)
-    spare = min(max_wavefront, max_new_tokens)
-    grid = Grid(model, prompt, max_new_tokens, r, spare=spare, kv=kv, **options)
+    grid = Grid(model, prompt, max_new_tokens, r, spare=min(max_wavefront, max_new_tokens), kv=kv, **options)
     rows = range(len(grid.lengths))
-    # per position, next to grid.tokens and grid.state (B, L[, d]):
-    depth = torch.zeros_like(grid.tokens)  # recurrence steps run
-    age = torch.zeros_like(grid.tokens)  # recurrence steps run since its token last changed
-    embedding = torch.zeros_like(grid.state)  # e of the last outer step
-    for row, token in enumerate(grid.prefill().tolist()):  # full depth, as in autoregressive decoding
-        grid.commit(row, token, r)
-        grid.tokens[row, grid.lengths[row]] = token
+    embedding = torch.zeros_like(grid.state)  # (B, L, d): e of the last outer step
+    # the book-keeping is on the host: (B, L) each, at the columns of the grid
+    steps = np.zeros(grid.tokens.shape, dtype=int)  # recurrence steps that each position has run
+    age = np.zeros_like(steps)  # how many of them since its token last changed
+    grid.prefill()  # at full depth, as in autoregressive decoding
+    tokens = grid.tokens.numpy(force=True).copy()  # the token it ran on
     last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
-    widths = [1 for _ in rows]
+    widths = [1] * len(rows)
     outer_step = 0
     while not all(grid.finished):
         outer_step += 1
         starts = [grid.next_position(row) for row in rows]
         at = grid.window(starts, max(widths))
-        tokens, before = at.read(grid.tokens), at.read(grid.state)  # (B, W), (B, W, d)
-        steps, since = at.read(depth), at.read(age)  # (B, W)
+        column = np.array(starts)[:, None] + np.arange(at.width)  # (B, W): the window's positions
+        cells = (np.arange(len(rows))[:, None], column)
+        # a row narrower than the widest has cells that are not open yet: they leave no trace
+        uneven = min(widths) < at.width
+        is_open = column < column[:, :1] + np.array(widths)[:, None]  # (B, W)
+        depth, since = steps[cells], age[cells]
+        device_depth = torch.from_numpy(depth).to(model.device)
+
+        before = at.read(grid.state)  # (B, W, d)
         e, s = grid.embed(at), before
-        if momentum:
-            e = blend(e, at.read(embedding), momentum, old=steps > 0)
+        if momentum:  # a position that is new has no embedding to blend with
+            eta = torch.from_numpy(np.where(depth > 0, momentum, 0.0)).to(s)
+            e = blend(e, at.read(embedding), eta)
             at.write(embedding, e)
         if noise:
-            seed = grid.seed + (outer_step << 32)
-            fresh = model.initial_state(at.positions, seed=seed, scale=grid.options.init_scale)
-            beta = (noise / (1 + steps))[..., None].to(s.dtype)  # (B, W, 1): less for deeper positions
-            s = (1 - beta) * s + beta * fresh
+            fresh = model.initial_state(at.positions, grid.seed + (outer_step << 32), grid.options.init_scale)
+            s = s.lerp(fresh, (noise / (1 + device_depth))[..., None].to(s))  # less for deeper positions
         for inner_step in range(inner):
-            s = grid.recur(s, e, at, steps + inner_step)
+            s = grid.recur(s, e, at, device_depth + inner_step)
         guesses = grid.choose(grid.decode(s, at), at.positions)  # (B, W): the token after each position
-        steps, since = steps + inner, since + inner
+        moved = torch.linalg.vector_norm(s - before, dim=-1) / torch.linalg.vector_norm(s, dim=-1)  # (B, W)
+        if uneven:
+            keep = torch.from_numpy(is_open).to(model.device)
+            s, guesses = torch.where(keep[..., None], s, before), torch.where(keep, guesses, grid.filler)
+        at.write(grid.state, s)
+        at.write(grid.tokens[:, 1:], guesses)
+        # the one synchronisation of the outer step: (B, W) each
+        guessed, calm = torch.stack([guesses, moved < threshold]).numpy(force=True)
 
-        same = torch.ones_like(tokens, dtype=torch.bool)  # did the position keep its token in this step?
-        same[:, 1:] = guesses[:, :-1] == tokens[:, 1:]
-        if schedule == "adaptive":
-            moved = (s - before).norm(dim=-1) / s.norm(dim=-1)  # (B, W)
-            settled = (moved < threshold) | (since >= r)
-            settled = settled & same if freeze == "prefix" else settled
+        depth, since = depth + inner, since + inner
+        same = np.ones_like(is_open)  # did the position keep its token in this step?
+        same[:, 1:] = guessed[:, :-1] == tokens[cells][:, 1:]
+        if schedule == "fixed":
+            settled = depth >= r
         else:
-            settled = steps >= r
-        # a row narrower than the widest has cells that are not open yet: they leave no trace
-        valid = torch.arange(s.shape[1], device=s.device) < torch.tensor(widths, device=s.device)[:, None]
-        frozen = leading(settled & valid, freeze)  # (B,)
-        at.write(grid.state, torch.where(valid[..., None], s, before))
-        at.write(depth, steps * valid)
-        at.write(age, since * (valid & same))
-        at.write(grid.tokens[:, 1:], torch.where(valid, guesses, grid.filler))
-
-        # the one synchronisation of the outer step
-        for row, (n, *cells) in enumerate(torch.cat([frozen[:, None], guesses, steps], dim=1).tolist()):
+            settled = (calm > 0) | (since >= r)
+            settled = settled & same if freeze == "prefix" else settled
+        steps[cells], age[cells] = depth * is_open, since * (same & is_open)
+        tokens[cells[0], column + 1] = guessed
+        for row, n in enumerate(leading(settled & is_open, freeze).tolist()):
             if grid.finished[row]:
                 continue
-            guessed, depths = cells[: widths[row]], cells[at.width : at.width + widths[row]]
-            for token, steps_run in zip(guessed[:n], depths[:n], strict=True):
+            width, depths = widths[row], depth[row, : widths[row]].tolist()
+            for token, deep in zip(guessed[row, :n].tolist(), depths, strict=False):
                 if not grid.finished[row]:
-                    grid.commit(row, token, steps_run)
+                    grid.commit(row, token, deep)
             grid.cache.copy_deeper(row, starts[row], depths[:n])
-            start = grid.next_position(row)
-            if grid.options.trace:
-                step = OuterStep(starts[row], depths, guessed, frozen=start + 1)
-                grid.generations[row].trace.append(step)
-            widths[row] = max(1, min(widths[row] - n + headway, max_wavefront, last[row] - start + 1))
+            grid.record(row, starts[row], depths, guessed[row, :width].tolist())
+            widths[row] = max(1, min(width - n + headway, max_wavefront, last[row] - grid.next_position(row) + 1))
     return grid.results()
 
 

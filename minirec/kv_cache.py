@@ -71,6 +71,8 @@ class KVCache:
             "core": keys_and_values(config.n_layers_in_recurrent_block, self.slots),
             "coda": keys_and_values(config.n_layers_in_coda, 1),
         }
+        self.index = torch.arange(length, device=device)
+        self.shown, self.hidden = torch.tensor([0.0, float("-inf")], device=device, dtype=dtype)
         # the same memory as (keys, values), (B, H, L, c) each, of every layer and slot: a step looks them up
         self.views = {
             name: [[tuple(kv[:, layer, slot]) for slot in range(kv.shape[2])] for layer in range(kv.shape[1])]
@@ -123,24 +125,19 @@ class Window:
 
     def __init__(self, cache: KVCache, starts: list[int], width: int, rope: Tensor):
         self.cache, self.width, self.end = cache, width, max(starts) + width
-        device = rope.device
         self.mask, self.causal = None, False
         if len(set(starts)) == 1:  # every row at the same positions: slices, no gathers
             self.start = starts[0]
-            self.positions = torch.arange(self.start, self.end, device=device)[None]  # (1, W)
+            self.positions = cache.index[None, self.start : self.end]  # (1, W)
             self.rope = rope[None, self.start : self.end]
             self.causal = self.start == 0 and width > 1
-            hide = self.start > 0 and width > 1
         else:
             self.start = None
-            # (B, W)
-            self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+            self.positions = torch.tensor(starts, device=rope.device)[:, None] + cache.index[:width]  # (B, W)
             self.rope = rope[self.positions]
-            hide = True
-        if hide:
-            seen = torch.arange(self.end, device=device) <= self.positions[..., None]  # (B or 1, W, end)
-            dtype = cache.parts["core"].dtype
-            self.mask = torch.where(seen, 0.0, float("-inf")).to(dtype)[:, None]  # (B or 1, 1, W, end)
+        if self.start is None or (self.start > 0 and width > 1):  # something stored has to be hidden from some cell
+            seen = cache.index[: self.end] <= self.positions[..., None]  # (B or 1, W, end)
+            self.mask = torch.where(seen, cache.shown, cache.hidden)[:, None]  # (B or 1, 1, W, end)
 
     @property
     def rows(self) -> Tensor:
@@ -181,7 +178,7 @@ class Window:
         values[slot, self.rows, :, positions] = v.transpose(1, 2)
         keys = keys[slot, self.rows, :, : self.end].flatten(0, 1)  # (B W, H, end, c)
         values = values[slot, self.rows, :, : self.end].flatten(0, 1)
-        seen = torch.arange(self.end, device=q.device) <= positions.reshape(-1, 1)  # (B W, end)
+        seen = self.cache.index[: self.end] <= positions.reshape(-1, 1)  # (B W, end)
         q = q.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B W, H, 1, c)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
         return y.squeeze(2).unflatten(0, slot.shape)

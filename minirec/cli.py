@@ -1,0 +1,415 @@
+"""The command line: `minirec demo`, `generate`, `train` and `info`.
+
+Everything here is a thin face over the package: it parses, calls and prints.  Bad input is one line on stderr and
+exit code 2; Ctrl-C is exit code 130; anything else that goes wrong is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import minirec
+from minirec import autoregressive, checkpoint, diffusion_forcing, tasks, training
+from minirec.config import PRESETS, RecurrentConfig
+from minirec.kv_cache import bytes_per_token
+from minirec.recurrent_block import RecurrentDepthLM
+from minirec.tokenizer import BEGIN, END, PAD, task_tokenizer
+
+SAMPLERS = {"autoregressive": autoregressive.generate, "diffusion": diffusion_forcing.generate}
+DEMO_TOKENS = 128  # more than any solution of a word problem needs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; argv None is sys.argv. Returns the exit code."""
+    try:
+        args = parser().parse_args(argv)
+        if "threads" in args:
+            torch.set_num_threads(args.threads)
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the shell's next prompt starts a line of its own
+        return 130
+    except BrokenPipeError:  # the reader of a pipe left, as in `minirec info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        if not _is_about_input(error):
+            raise
+        message = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+        print("minirec: error:", " ".join(message.split()), file=sys.stderr)
+        return 2
+
+
+def _is_about_input(error: Exception) -> bool:
+    """What the system refuses, and what minirec itself refuses by `raise ValueError`; another one is a bug."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).parent == Path(__file__).parent and last.line.startswith("raise")
+    return ours or isinstance(error, OSError)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Two samplers, the same problems: watch two answers, then compare on all, then draw one."""
+    from minirec import plots  # matplotlib: only where a picture is drawn
+
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out is {str(args.out)!r}; the picture is written as .png")
+    _check_writable(args.out.parent, args.out)
+    folder = checkpoint.locate(args.model)
+    tokenizer = _tokenizer_of(folder)
+    if tokenizer.get_vocab() != task_tokenizer().get_vocab():
+        raise ValueError(f"{folder} has another vocabulary than the word problems of the demo")
+    model = checkpoint.load(folder)
+    depth = _given(args, "num_steps")
+    diffusion = _given(args, "inner_steps", "exit_threshold")
+    columns = {"autoregressive": depth, "diffusion": depth | diffusion}
+    problems = tasks.heldout(args.problems, seed=args.seed)
+
+    def solve(sampler: str, problem: tasks.Problem, **options):
+        room = min(DEMO_TOKENS, model.config.block_size - len(problem.prompt))
+        return SAMPLERS[sampler](model, problem.prompt, room, **columns[sampler], **options)
+
+    threads, r = torch.get_num_threads(), depth.get("num_steps", model.config.mean_recurrence)
+    print(f"minirec {minirec.__version__}, torch {torch.__version__}, {_cpu()}, {threads} thread(s)")
+    print(f"model {args.model}: {_parameters(model):,} parameters, {r} recurrence steps deep\n")
+    for number, problem in enumerate(problems[:2], 1):
+        print(f"Problem {number}: {problem.text}")
+        for sampler in SAMPLERS:
+            print(f"\n[{sampler}] ", end="", flush=True)
+            text = Stream(tokenizer)
+            generation = solve(sampler, problem, on_token=text.add, trace=True)
+            text.end()
+            if number == 1:
+                traced = generation  # of the last sampler: diffusion forcing
+        print(f"\n(the right answer is {problem.answer})\n")
+
+    runs = {sampler: [] for sampler in SAMPLERS}  # (generation, seconds) of every problem
+    for problem in tqdm(problems, desc="solving", disable=None, leave=False):
+        for sampler, done in runs.items():  # one right after the other: both meet the same load on the machine
+            started = time.perf_counter()
+            generation = solve(sampler, problem)
+            done.append((generation, time.perf_counter() - started))
+    _print_comparison(problems, runs)
+
+    from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")  # 1200 pixels wide
+    plots.wavefront(traced, len(problems[0].prompt), tokenizer=tokenizer, ax=figure.subplots())
+    checkpoint.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
+    print(f"""
+What to look at next
+  {args.out}: the wavefront of problem 1, how many positions were in flight and when each one froze
+  minirec demo --exit-threshold 0.3        freeze sooner: faster, until the answers go wrong
+  minirec generate --help                  your own problem, in the words of the shipped model
+  notebooks/00_start_here.ipynb            the ideas, built step by step""")
+
+
+def _print_comparison(problems: list[tasks.Problem], runs: dict) -> None:
+    """The demo's table. runs: sampler -> (generation, seconds) of every problem; the first counts as 1."""
+    columns = [["exact match", "same tokens as autoregressive", "recurrent-block passes per token"]]
+    columns[0] += ["prelude/coda calls per token", "tokens per second", "speed-up", "speed-up, median of the problems"]
+    reference = next(iter(runs.values()))
+    rates = [[len(g.tokens) / seconds for g, seconds in done] for done in runs.values()]  # tokens/s of every problem
+    totals = [sum(len(g.tokens) for g, _ in done) for done in runs.values()]
+    overall = [n / sum(seconds for _, seconds in done) for n, done in zip(totals, runs.values(), strict=True)]
+    for column, done in enumerate(runs.values()):
+        right = sum(p.is_correct(g.tokens) for p, (g, _) in zip(problems, done, strict=True))
+        same = sum(g.tokens == r.tokens for (g, _), (r, _) in zip(done, reference, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(rates[column], rates[0], strict=True))
+        cells = [f"{right}/{len(problems)}", f"{same}/{len(problems)}"]
+        cells += [f"{sum(g.passes for g, _ in done) / totals[column]:.2f}"]
+        cells += [f"{sum(g.decodes for g, _ in done) / totals[column]:.2f}"]
+        cells += [f"{overall[column]:.0f}", f"{overall[column] / overall[0]:.2f}x", f"{ratio:.2f}x"]
+        columns.append(cells)
+    print(f"{f'{len(problems)} held-out problem(s)':<34}" + "".join(f"{sampler:>16}" for sampler in runs))
+    for name, *cells in zip(*columns, strict=True):
+        print(f"{name:<34}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Text in, text out as its tokens freeze."""
+    diffusion = _given(args, "inner_steps", "exit_threshold")
+    if diffusion and args.sampler != "diffusion":
+        raise ValueError(f"--{next(iter(diffusion)).replace('_', '-')} is an option of --sampler diffusion")
+    folder = checkpoint.locate(args.model)
+    config, tokenizer = checkpoint.read_config(folder), _tokenizer_of(folder)
+    prompt = _encode(tokenizer, sys.stdin.read() if args.prompt == "-" else args.prompt, config.bos_token_id)
+    model = checkpoint.load(folder, device=args.device, dtype=getattr(torch, args.dtype) if "dtype" in args else None)
+    names = ("num_steps", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kv", "kv_slots")
+    options = _given(args, *names) | diffusion
+    text = Stream(tokenizer, at_once=not args.stream)
+    started = time.perf_counter()
+    generation = SAMPLERS[args.sampler](model, prompt, args.max_new_tokens, on_token=text.add, **options)
+    seconds, n = time.perf_counter() - started, len(generation.tokens)
+    text.end()
+    if args.stats:
+        print(
+            f"{n} tokens in {seconds:.2f} s ({n / seconds:.0f} tokens/s), {generation.passes} recurrent-block passes "
+            f"({generation.passes / n:.2f} a token), {generation.decodes} prelude/coda calls; recurrence steps of a "
+            f"token: mean {statistics.mean(generation.depth):.1f}, {min(generation.depth)} to {max(generation.depth)}",
+            file=sys.stderr,
+        )
+
+
+class Stream:
+    """Prints the text of a generation while its tokens freeze, or all of it at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, at_once: bool = False):
+        self.tokenizer, self.at_once = tokenizer, at_once
+        self.tokens: list[int] = []
+        self.shown = 0  # characters
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens)
+        if not self.at_once and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character waits
+            print(text[self.shown :], end="", flush=True)
+            self.shown = len(text)
+
+    def end(self) -> None:
+        print(self.tokenizer.decode(self.tokens)[self.shown :])
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train from scratch, or go on, and leave a checkpoint that `generate` reads."""
+    fields = dataclasses.fields(training.TrainingConfig)
+    config = training.TrainingConfig(**{f.name: getattr(args, f.name) for f in fields})
+    special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
+    shape = dataclasses.replace(RecurrentConfig.preset(args.preset), **special)
+    if not args.out.exists():
+        args.out.mkdir(parents=True)
+    _check_writable(args.out, args.out)
+    torch.manual_seed(args.seed)
+    model = RecurrentDepthLM(shape).to(args.device)
+    model.generation_config = {
+        "eos_token_id": [END],
+        "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.03},
+    }
+    log = training.train(model, config, args.out)
+    folder = args.out / "checkpoint"
+    checkpoint.write_whole(folder / "tokenizer.json", task_tokenizer().save)
+    print(
+        f"{config.steps} steps in {log[-1]['seconds'] / 60:.1f} minutes: loss {log[-1]['loss']:.3f}, whole solution "
+        f"right on {log[-1]['exact_match']:.0%} of {config.evaluate_on * len(config.families)} held-out problems\n"
+        f"checkpoint: {folder}   (minirec generate --model {folder} PROMPT)"
+    )
+
+
+def info(args: argparse.Namespace) -> None:
+    """What a model is, from its config alone."""
+    if "preset" in args:
+        name, config = args.preset, RecurrentConfig.preset(args.preset)
+    else:
+        name, config = args.model, checkpoint.read_config(checkpoint.locate(args.model))
+    with torch.device("meta"):  # shapes without memory
+        parameters = _parameters(RecurrentDepthLM(config))
+    r, formats = config.mean_recurrence, (torch.float32, torch.bfloat16)
+    layers = config.n_layers_in_prelude, config.n_layers_in_recurrent_block, config.n_layers_in_coda
+    print(f"""{name}
+  layers           prelude {layers[0]}, recurrent block {layers[1]}, coda {layers[2]}
+  width            {config.n_embd} in {config.n_heads} heads, MLP {config.intermediate_size}
+  vocabulary       {config.vocab_size} tokens ({config.padded_vocab_size} rows)
+  context          {config.block_size} tokens
+  default depth    {r} recurrence steps: {config.effective_depth} layers deep
+  parameters       {parameters:,}
+
+  {"":<34}{"float32":>12}{"bfloat16":>12}""")
+    rows = {"weights": [parameters * dtype.itemsize for dtype in formats]}
+    for kv, slots in [("full", r), *(("shared", m) for m in (1, 4) if m <= r)]:
+        sizes = [bytes_per_token(config, r, kv, slots, dtype) for dtype in formats]
+        rows[f"KV of a token, {kv}, {slots} slot(s)"] = sizes
+    for what, sizes in rows.items():
+        print(f"  {what:<34}" + "".join(f"{_size(size):>12}" for size in sizes))
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict:
+    """Those of the options that were given; what is left out keeps the library's default."""
+    return {name: getattr(args, name) for name in names if name in args}
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json, without which there is no text")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+
+
+def _encode(tokenizer: Tokenizer, text: str, begin: int | None) -> list[int]:
+    """Ids of a prompt, the begin token first if there is one; a word that would be lost is an error."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    if not encoding.ids:
+        raise ValueError("the prompt is empty")
+    lost = getattr(tokenizer.model, "unk_token", None)  # what a word-level tokenizer puts for unknown words
+    pieces = ((i, text[start:end]) for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True))
+    unknown = [repr(p) for i, p in pieces if lost is not None and i == tokenizer.token_to_id(lost) and p != lost]
+    if unknown:
+        raise ValueError(f"the tokenizer does not know {', '.join(dict.fromkeys(unknown))}; see its tokenizer.json")
+    return ([] if begin is None else [begin]) + encoding.ids
+
+
+def _check_writable(folder: Path, path: Path) -> None:
+    """Find out before the work, not after it, that its result cannot be written to path in this folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+    if path != folder and path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+
+
+def _parameters(model: RecurrentDepthLM) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def _device(text: str) -> torch.device:
+    try:
+        torch.zeros(1, device=text).item()  # is it there, and does it compute?
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not to be had here: {str(error).splitlines()[0]}") from None
+    return torch.device(text)
+
+
+def _whole(low: int, high: int = 2**32 - 1):
+    def whole_number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return whole_number
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after every option, and examples printed as they are written."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)  # one line, by `main`, instead of the usage and a line
+
+
+ABSENT = argparse.SUPPRESS  # not in the namespace unless given: the library's default, which the help states
+MODEL = ("--model", str, "tiny", "'tiny' (shipped), a folder, or the id of a Hugging Face repository")
+THREADS = ("--threads", _whole(1), ABSENT, "CPU threads (default: PyTorch's choice)")
+DEVICE = ("--device", _device, "cpu", "cpu, cuda, cuda:1, mps, ...")
+DEPTH = [
+    ("--num-steps", int, ABSENT, "recurrence steps of a token, r (default: the checkpoint's mean_recurrence)"),
+    ("--inner-steps", int, ABSENT, "diffusion: recurrence steps an outer step, r' (default: the checkpoint's, else 4)"),
+    ("--exit-threshold", float, ABSENT, "diffusion: freeze what moves less (default: the checkpoint's, else 0.03)"),
+]
+DEMO = [
+    ("--problems", _whole(1), 20, "how many problems"),
+    ("--seed", _whole(0), 0, "which problems"),
+    ("--out", Path, Path("wavefront.png"), "where the picture of a wavefront goes"),
+]
+GENERATE = [
+    ("--sampler", list(SAMPLERS), "diffusion", "how to decode"),
+    ("--max-new-tokens", int, 128, "stop here at the latest"),
+    ("--temperature", float, 0.0, "0 is greedy, and does not look at the next three options"),
+    ("--top-k", int, ABSENT, "sample from the k likeliest (default: off)"),
+    ("--top-p", float, ABSENT, "sample from the smallest set that is this probable (default: off)"),
+    ("--min-p", float, ABSENT, "sample from those with this share of the likeliest one's probability (default: off)"),
+    ("--repetition-penalty", float, ABSENT, "above 1: avoid what was said (default: off)"),
+    ("--seed", _whole(0), 0, "of the initial states and of sampling"),
+    ("--kv", ["full", "shared"], ABSENT, "keep the KV of every recurrence step, or share (default: the sampler's)"),
+    ("--kv-slots", int, 1, "slots of --kv shared"),
+    ("--dtype", ["float32", "bfloat16", "float16"], ABSENT, "of the weights (default: the checkpoint's)"),
+]
+TRAIN = {
+    "steps": "optimiser steps",
+    "batch_size": "problems in a batch",
+    "learning_rate": "its highest value",
+    "warmup": "fraction of the steps, the first, in which the learning rate grows from zero",
+    "decay": "fraction of the steps, the last, in which it falls to zero",
+    "ramp": "fraction of the steps in which the mean depth grows from 1 to its full value",
+    "weight_decay": "of AdamW",
+    "gradient_clip": "largest norm of the gradient",
+    "seed": "of weights, problems, depths and initial states",
+    "families": "kinds of problems: " + ", ".join(tasks.FAMILIES),
+    "log_every": "steps between the lines of log.csv",
+    "evaluate_every": "steps between evaluations",
+    "evaluate_on": "held-out problems of an evaluation, of each family",
+    "save_every": "steps between saves; a run that was stopped goes on from the last one",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _Parser(prog="minirec", description=minirec.__doc__, epilog="Start with: minirec demo", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"minirec {minirec.__version__}")
+    top.set_defaults(run=lambda args: top.print_help())
+    commands = top.add_subparsers(metavar="COMMAND")
+
+    def command(run, what: str, example: str, options: list) -> argparse.ArgumentParser:
+        shape = dict(formatter_class=_Help, allow_abbrev=False, epilog=f"example:\n  minirec {example}")
+        p = commands.add_parser(run.__name__, help=what, description=what[0].upper() + what[1:] + ".", **shape)
+        p.set_defaults(run=run)
+        for name, kind, default, text in options:
+            kind = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+            p.add_argument(name, default=default, help=text, **kind)
+        return p
+
+    command(
+        demo, "solve held-out problems autoregressively and by diffusion forcing, side by side",
+        "demo --problems 50 --threads 1", [MODEL, *DEMO, *DEPTH, THREADS],
+    )  # fmt: skip
+    p = command(
+        generate, "continue a prompt; the text appears as its tokens freeze",
+        "generate --stats 'Mia has 12 pears. First Mia buys 5 more pears. How many pears does Mia have?'",
+        [MODEL, *GENERATE, *DEPTH, DEVICE, THREADS],
+    )  # fmt: skip
+    p.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    p.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print while tokens freeze")
+    p.add_argument("--stats", action="store_true", help="at the end print tokens, passes and depth on stderr")
+    p = command(
+        train, "train a model on word problems; the same command resumes a run that was stopped",
+        "train --out runs/mine --steps 2000 --threads 2", [DEVICE, THREADS],
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, required=True, default=ABSENT, metavar="FOLDER", help="for log and checkpoint")
+    p.add_argument("--preset", choices=PRESETS, default="tiny", help="shape of the model")
+    for f in dataclasses.fields(training.TrainingConfig):
+        kind = {"nargs": "+"} if f.name == "families" else {"type": type(f.default)}
+        kind = {"type": _whole(0)} if f.name == "seed" else kind
+        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=TRAIN[f.name], **kind)
+    p = command(info, "say what a model is, from its config alone", "info --preset huginn_3_5b", [])
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=MODEL[-1])
+    which.add_argument("--preset", choices=PRESETS, default=ABSENT, help="a shape without a checkpoint")
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())
