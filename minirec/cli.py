@@ -107,7 +107,7 @@ def demo(args: argparse.Namespace) -> None:
 
     from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")  # 1200 pixels wide
+    figure = Figure(figsize=(12, 6.6), dpi=100, layout="constrained")  # 1200 pixels wide
     plots.wavefront(traced, len(problems[0].prompt), tokenizer=tokenizer, ax=figure.subplots())
     checkpoint.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"""
@@ -120,7 +120,7 @@ What to look at next
 
 def _print_comparison(problems: list[tasks.Problem], runs: dict) -> None:
     """The demo's table. runs: sampler -> (generation, seconds) of every problem; the first counts as 1."""
-    columns = [["exact match", "same tokens as autoregressive", "recurrent-block passes per token"]]
+    columns = [["exact match of the answer", "same tokens as autoregressive", "recurrent-block passes per token"]]
     columns[0] += ["prelude/coda calls per token", "tokens per second", "speed-up", "speed-up, median of the problems"]
     reference = next(iter(runs.values()))
     rates = [[len(g.tokens) / seconds for g, seconds in done] for done in runs.values()]  # tokens/s of every problem

@@ -214,7 +214,7 @@ def speed_accuracy(results: Mapping[str, tuple[float, float]], baseline: str) ->
     results: name -> (tokens/s, accuracy from 0 to 1).  Speeds are drawn relative to that of `baseline`.  Names that
     begin with "autoregressive" have a colour of their own: they are what a sampler has to beat.
     """
-    fig, axes = plt.subplots(
+    _, axes = plt.subplots(
         1, 2, figsize=(10, 0.9 + 0.36 * len(results)), sharey=True, layout="constrained", width_ratios=(3, 2)
     )
     names = list(results)

@@ -148,7 +148,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
     """Train `model` in place and return the log; `folder` gets the log, resumable state and the checkpoint.
 
     If `folder` holds a run of the same configuration, it is continued where it was last saved; a run of
-    another configuration is a ValueError.  Ctrl-C saves before it leaves.
+    another configuration is a ValueError.  A run that is killed loses what it did since the last save.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,48 +160,42 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
         weight_decay=config.weight_decay,
         fused=True,
     )
-    step, log = _resume(model, optimizer, config, folder)
+    first, log, running = _resume(model, optimizer, config, folder)
     data = Batches(config)
     held_out = [p for f in config.families for p in tasks.heldout(config.evaluate_on, seed=1, family=f)]
     generator = torch.Generator()
     started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
-    running: list[float] = []
     model.train()
-    try:
-        for step in tqdm(range(step, config.steps), initial=step, total=config.steps, disable=None):  # noqa: B020
-            tokens, labels = (t.to(device) for t in data[step])
-            rows = torch.arange(len(tokens), device=device)[:, None]
-            run = (config.seed + 1) * 1_000_003 + step
-            without, with_ = sample_depth(
-                config.mean_depth(step, model.config.mean_recurrence),
-                model.config.mean_backprop_depth,
-                generator.manual_seed(run),
-            )
-            positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-            state = model.initial_state(positions, seed=run * len(tokens) + rows)
-            loss = depth_loss(model, tokens, labels, without, with_, state)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step)
-            optimizer.step()
+    for step in tqdm(range(first, config.steps), initial=first, total=config.steps, disable=None):
+        tokens, labels = (t.to(device) for t in data[step])
+        rows = torch.arange(len(tokens), device=device)[:, None]
+        run = (config.seed + 1) * 1_000_003 + step
+        without, with_ = sample_depth(
+            config.mean_depth(step, model.config.mean_recurrence),
+            model.config.mean_backprop_depth,
+            generator.manual_seed(run),
+        )
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        state = model.initial_state(positions, seed=run * len(tokens) + rows)
+        loss = depth_loss(model, tokens, labels, without, with_, state)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        optimizer.step()
 
-            running.append(loss.item())
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                row = {"step": done, "loss": sum(running) / len(running), "rate": config.rate(step)}
-                row["seconds"] = round(spent + time.perf_counter() - started, 1)
-                if done % config.evaluate_every == 0 or done == config.steps:
-                    row["exact_match"] = exact_match(model, held_out)
-                log.append(row)
-                running = []
-            if done % config.save_every == 0 or done == config.steps:
-                _save(model, optimizer, config, folder, done, log)
-    except KeyboardInterrupt:
-        # the step that was cut short is done again on resume; what was saved before it stands
-        print(f"stopped at step {step}; run the same command to go on from the last saved step")
-        raise
+        running.append(loss.item())
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            row = {"step": done, "loss": sum(running) / len(running), "rate": config.rate(step)}
+            row["seconds"] = round(spent + time.perf_counter() - started, 1)
+            if done % config.evaluate_every == 0 or done == config.steps:
+                row["exact_match"] = exact_match(model, held_out)
+            log.append(row)
+            running = []
+        if done % config.save_every == 0 or done == config.steps:
+            _save(model, optimizer, config, folder, done, log, running)
     model.eval()
     model.save_pretrained(folder / "checkpoint")
     return log
@@ -210,7 +204,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
 LOG_FIELDS = ("step", "loss", "rate", "seconds", "exact_match")
 
 
-def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log: list[dict]) -> None:
+def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log: list[dict], running: list) -> None:
     """Write log and state, each whole or not at all; the state's metadata says which run and step it is."""
     with open(folder / "log.csv.part", "w", newline="") as f:
         writer = csv.DictWriter(f, LOG_FIELDS)
@@ -223,19 +217,20 @@ def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log
             tensors[f"{moment}.{name}"] = optimizer.state[p][moment].contiguous()
     run = {
         "step": str(step),
+        "running": json.dumps(running),
         "training": json.dumps(asdict(config)),
         "model": json.dumps(model.config.to_dict()),
     }
     save_file(tensors, folder / "state.safetensors.part", metadata=run)
+    os.replace(folder / "log.csv.part", folder / "log.csv")  # first: a log that is ahead of the state is cut back
     os.replace(folder / "state.safetensors.part", folder / "state.safetensors")
-    os.replace(folder / "log.csv.part", folder / "log.csv")
 
 
-def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int, list[dict]]:
-    """Put weights, moments and log back as they were last saved; (0, []) if there is nothing to resume."""
+def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int, list[dict], list[float]]:
+    """Put weights and moments back as they were last saved; returns step, log, and losses not yet logged."""
     path = folder / "state.safetensors"
     if not path.exists():
-        return 0, []
+        return 0, [], []
     with safe_open(path, "pt") as f:
         run = f.metadata()
         ours = {"training": json.dumps(asdict(config)), "model": json.dumps(model.config.to_dict())}
@@ -253,4 +248,4 @@ def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int
                 }
     with open(folder / "log.csv", newline="") as f:
         log = [{k: float(v) if k != "step" else int(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    return step, [row for row in log if row["step"] <= step]
+    return step, [row for row in log if row["step"] <= step], json.loads(run["running"])

@@ -1,0 +1,219 @@
+"""The benchmarks run, print what they say, and time what they say; how long anything took is not looked at."""
+
+import importlib
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minirec import RecurrentConfig, RecurrentDepthLM, autoregressive, tasks
+from minirec.decoding import Generation
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+WHOLE = slice(0, None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """The scripts import each other as neighbours, as when they are run; PyTorch's threads are put back."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def overhead(scripts):
+    return importlib.import_module("overhead")
+
+
+@pytest.fixture(scope="module")
+def samplers(scripts):
+    return importlib.import_module("samplers")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return RecurrentDepthLM(RecurrentConfig.preset("tiny")).eval()
+
+
+def run(script, arguments: list[str], folder: Path) -> tuple[str, dict]:
+    """What a script prints, and what it writes."""
+    file = folder / "results.json"
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        script.main([*arguments, "--json", str(file)])
+    return "\n".join(printed), json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def overhead_run(overhead, tmp_path_factory):
+    return run(overhead, ["--preset", "tiny", "--tokens", "20", "--repeat", "1"], tmp_path_factory.mktemp("overhead"))
+
+
+@pytest.fixture(scope="module")
+def samplers_run(samplers, tmp_path_factory):
+    return run(samplers, ["--problems", "1"], tmp_path_factory.mktemp("samplers"))
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The markdown tables of a text, as rows of cells, without the line under the head."""
+    found = re.findall(r"(?:^\|.*\|$\n?)+", text, flags=re.MULTILINE)
+    split = [[[c.strip() for c in line.strip("|").split("|")] for line in t.splitlines()] for t in found]
+    return [[head, *rows] for head, _, *rows in split]
+
+
+@pytest.mark.parametrize("name", ["overhead_run", "samplers_run"])
+def test_tables_are_whole_and_the_machine_is_named(name, request):
+    text, written = request.getfixturevalue(name)
+    assert tables(text)
+    for head, *rows in tables(text):
+        assert rows and all(len(row) == len(head) for row in rows)
+        assert not any(cell in ("", "nan", "inf") for row in rows for cell in row)
+    machine = written["machine"]
+    assert machine["cpu"] and machine["threads"] == 1 and machine["torch"] == torch.__version__
+    assert text.startswith(f"Machine: {machine['cpu']}")
+
+
+def test_overhead_reports_every_measurement(overhead, overhead_run):
+    text, written = overhead_run
+    assert [len(rows) for _, *rows in tables(text)] == [3, 2, len(overhead.PARTS) + 2]
+    assert list(written["steps"]) == ["token", "step 8", "step 16"]
+    assert list(written["growth"]) == ["full", "shared"]
+    for row in written["steps"].values():
+        assert row["ratio"]["median"] == pytest.approx(row["ms"]["median"] / row["products_ms"]["median"])
+    for row in written["growth"].values():
+        early, late = (ms["median"] for ms in row["ms"])
+        assert row["growth"]["median"] == pytest.approx(late / early)
+
+
+def test_overhead_counts_the_keys_and_values_that_a_token_reads(overhead_run):
+    full, shared = (overhead_run[1]["growth"][kv] for kv in ("full", "shared"))
+    # one prelude, one coda and 8 x 2 core layers; keys and values; d = 96; 4 bytes; 40 or 400 positions
+    calls = [18 * 2 * 96 * 4 * position / 1e6 for position in (40, 400)]
+    assert full["kv_mb_read"] == shared["kv_mb_read"] == full["kv_mb_distinct"] == pytest.approx(calls)
+    assert shared["kv_mb_distinct"] == pytest.approx([calls[0] * 4 / 18, calls[1] * 4 / 18])
+
+
+def test_profile_adds_up_and_finds_every_part(overhead, overhead_run):
+    for parts in overhead_run[1]["profile"].values():
+        named = [*overhead.PARTS, overhead.REST]
+        assert set(parts) == {*named, "whole"}
+        assert all(parts[part] > 0 for part in named), "a function of PARTS is no longer called by its name"
+        assert sum(parts[part] for part in named) == pytest.approx(parts["whole"])
+
+
+def linear_calls(monkeypatch, generate) -> list[list[tuple]]:
+    """Per step, from one final token to the next: the shape of the input and the weight of every F.linear."""
+    calls, steps, linear = [], [], F.linear
+
+    def spy(x, weight, bias=None):
+        calls.append((tuple(x.shape), weight.data_ptr()))
+        return linear(x, weight, bias)
+
+    def on_token(token):
+        steps.append(calls.copy())
+        calls.clear()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", spy)
+        generate(on_token=on_token)
+    return steps[1:]  # the first is the prefill
+
+
+def test_the_products_alone_are_those_of_a_token(overhead, tiny, monkeypatch):
+    steps = linear_calls(monkeypatch, partial(autoregressive.generate, tiny, [1, 5, 7], 4, **overhead.COMMON))
+    products = overhead.matrix_products(tiny, tiny.config.mean_recurrence, rows=1)
+    alone = [(tuple(x.shape), weight.data_ptr()) for x, weight in products]
+    assert len(steps) == 3 and all(step == alone for step in steps)
+
+
+@pytest.mark.parametrize("wave", [8, 16])
+def test_the_products_alone_are_those_of_an_outer_step_with_a_full_wave(overhead, tiny, monkeypatch, wave):
+    generate, steady = overhead.diffusion_run(tiny, [1, 5, 7], wave + 6, wave)
+    steps = linear_calls(monkeypatch, generate)
+    products = overhead.matrix_products(tiny, overhead.INNER_STEPS, rows=wave)
+    alone = [(tuple(x.shape), weight.data_ptr()) for x, weight in products]
+    assert len(steps[steady]) == 5 and all(step == alone for step in steps[steady])
+    assert steps[steady.start - 1] != alone and steps[steady.stop] != alone, "steady steps are left out"
+
+
+def test_steps_and_products_are_timed_apart(overhead, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(clock))
+    works = {"step": 100, "products": 10}  # ticks
+
+    def spend(what):
+        for _ in range(works[what]):
+            next(clock)
+
+    def generate(on_token):
+        for _ in range(4):
+            spend("step")
+            on_token(0)
+
+    monkeypatch.setattr(overhead.F, "linear", lambda x, weight: spend("products"))
+    # a reading of the clock takes a tick itself
+    assert overhead.time_steps(generate, [(None, None)], WHOLE) == (101, 11)
+
+
+def test_samplers_reports_every_setting_from_one_run(samplers, samplers_run):
+    text, written = samplers_run
+    rows = written["rows"]
+    ((_, *printed),) = tables(text)
+    assert [row[0] for row in printed] == list(rows) == list(samplers.samplers(8))
+    assert samplers.DEFAULTS in rows
+    for options in ("inner_steps 4, exit_threshold 0.3", "max_wavefront 1", "schedule fixed", "freeze last"):
+        assert f"diffusion forcing, {options}" in rows
+    reference = rows[samplers.at_depth(8)]
+    assert reference["same_tokens"] == reference["speed_up_in_all"] == 1
+    assert set(reference["speed_up"].values()) == {1}
+    for depth in (1, 2, 3, 4, 8):
+        row = rows[samplers.at_depth(depth)]
+        assert row["passes_per_token"] == depth and row["decodes_per_token"] == 1
+    counts = ("correct", "whole_text", "same_tokens", "passes_per_token", "row_steps_per_token", "decodes_per_token")
+    again = rows["diffusion forcing, max_wavefront 128"]  # the default, spelled out
+    assert all(again[key] == rows[samplers.DEFAULTS][key] for key in counts)
+    depth = written["defaults_against_smallest_full_depth"]["depth"]
+    assert depth in (1, 2, 3, 4, 8) and f"Smallest depth with the full accuracy: r = {depth}" in text
+
+
+def test_summary_of_made_up_results(samplers):
+    problems = tasks.heldout(4)
+    right = [p.target for p in problems]
+    base = [(8.0, Generation(tokens=t, passes=8 * len(t))) for t in right]
+    other = [[*right[0], 3], right[1], right[2][:4], right[3]]  # one token too many; and one breaks off
+    row = [(t, Generation(tokens=g, passes=2 * len(g))) for t, g in zip([2.0, 4.0, 8.0, 16.0], other, strict=True)]
+    result = samplers.summary(row, base, problems)
+    assert result["correct"] == 3 and result["whole_text"] == result["same_tokens"] == 0.5
+    assert result["speed_up"]["median"] == 1.5 and result["speed_up"]["max"] == 4 and result["speed_up"]["min"] == 0.5
+    tokens, before = sum(map(len, other)), sum(map(len, right))
+    assert result["speed_up_in_all"] == pytest.approx((tokens / 30) / (before / 32))
+    assert result["passes_per_token"] == 2
+
+
+def test_smallest_full_depth_allows_half_a_point(samplers):
+    correct = {1: 150, 2: 188, 3: 189, 4: 191, 8: 190}
+    assert samplers.smallest_full_depth(correct, default=8, n=200) == 3
+    assert samplers.smallest_full_depth({**correct, 3: 188, 4: 188}, default=8, n=200) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("overhead", ["--tokens", "17"], "--tokens is 17; it must be at least 18"),
+        ("overhead", ["--repeat", "0"], "--repeat is 0; it must be at least 1"),
+        ("samplers", ["--problems", "0"], "--problems is 0; it must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_said(name, arguments, says, request, capsys):
+    with pytest.raises(SystemExit):
+        request.getfixturevalue(name).main(arguments)
+    assert says in capsys.readouterr().err

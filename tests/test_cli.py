@@ -1,0 +1,550 @@
+"""The command line as a user meets it: what it prints, what it writes, and how it fails."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from matplotlib import image
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import minirec
+from minirec import (
+    RecurrentConfig,
+    RecurrentDepthLM,
+    autoregressive,
+    checkpoint,
+    cli,
+    diffusion_forcing,
+    tasks,
+    training,
+)
+from minirec.kv_cache import bytes_per_token
+from minirec.tokenizer import BEGIN, task_tokenizer
+
+STORY = "Mia has 12 pears. First Mia buys 5 more pears. How many pears does Mia have?"
+FEW_STEPS = "--steps 3 --batch-size 4 --evaluate-on 4 --log-every 1 --save-every 1".split()
+
+
+@pytest.fixture
+def minirec_(capsys):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*args):
+        code = cli.main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the shipped checkpoint, to change."""
+    return copy_of_tiny(tmp_path / "model")
+
+
+def copy_of_tiny(path, **changes):
+    shutil.copytree(checkpoint.locate("tiny"), path)
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the samplers are called with."""
+    seen = []
+    for name, sampler in cli.SAMPLERS.items():
+
+        def spy(model, prompt, *args, sampler=sampler, name=name, **options):
+            seen.append((name, prompt, args, {k: v for k, v in options.items() if k != "on_token"}))
+            return sampler(model, prompt, *args, **options)
+
+        monkeypatch.setitem(cli.SAMPLERS, name, spy)
+    return seen
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+# ---- demo
+
+
+def test_demo_shows_answers_and_a_table_and_draws_the_picture(minirec_, tmp_path):
+    picture = tmp_path / "wave.png"
+    code, out, err = minirec_("demo", "--problems", 2, "--seed", 5, "--out", picture)
+    assert (code, err) == (0, "")
+    model, problems = RecurrentDepthLM.from_pretrained("tiny"), tasks.heldout(2, seed=5)
+    table = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
+    reference = [autoregressive.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
+    forced = [diffusion_forcing.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
+    for column, generations in enumerate([reference, forced]):
+        tokens = sum(len(g.tokens) for g in generations)
+        right = sum(p.is_correct(g.tokens) for p, g in zip(problems, generations, strict=True))
+        same = sum(g.tokens == r.tokens for g, r in zip(generations, reference, strict=True))
+        assert table["exact match of the answer"][column] == f"{right}/2"
+        assert table["same tokens as autoregressive"][column] == f"{same}/2"
+        passes, calls = sum(g.passes for g in generations) / tokens, sum(g.decodes for g in generations) / tokens
+        assert table["recurrent-block passes per token"][column] == f"{passes:.2f}"
+        assert table["prelude/coda calls per token"][column] == f"{calls:.2f}"
+        for p, g in zip(problems, generations, strict=True):
+            assert p.text in out and f"the right answer is {p.answer}" in out
+            assert task_tokenizer().decode(g.tokens) in out
+    assert table["speed-up"][0] == table["speed-up, median of the problems"][0] == "1.00x"
+    assert image.imread(picture).shape[1] == 1200
+    assert os.listdir(tmp_path) == ["wave.png"]
+
+
+def test_demo_speed_up_compares_tokens_per_second(capsys):
+    def made(n):
+        return autoregressive.Generation(tokens=[BEGIN + 2] * n, depth=[8] * n, passes=8 * n, decodes=n)
+
+    # 10 tokens in 1 s and 30 in 5 s; then 10 in 0.5 s and 20 in 0.5 s: ratios 2 and 40/6, totals 40/6 and 30
+    runs = {"slow": [(made(10), 1.0), (made(30), 5.0)], "fast": [(made(10), 0.5), (made(20), 0.5)]}
+    cli._print_comparison(tasks.heldout(2), runs)
+    table = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
+    assert table["tokens per second"] == ["7", "30"]
+    assert table["speed-up"] == ["1.00x", "4.50x"]
+    assert table["speed-up, median of the problems"] == ["1.00x", "4.33x"]
+    assert table["same tokens as autoregressive"] == ["2/2", "1/2"]
+
+
+def test_demo_passes_its_options_on(minirec_, tmp_path, calls):
+    out = tmp_path / "w.png"
+    args = "--problems 1 --num-steps 6 --inner-steps 2 --exit-threshold 0.1".split()
+    assert minirec_("demo", *args, "--out", out)[0] == 0
+    assert {name for name, *_ in calls} == {"autoregressive", "diffusion"}
+    for name, _, _, options in calls:
+        expected = {"num_steps": 6} | ({"inner_steps": 2, "exit_threshold": 0.1} if name == "diffusion" else {})
+        assert {k: v for k, v in options.items() if k != "trace"} == expected
+
+
+def test_demo_needs_the_task_vocabulary(minirec_, folder, tmp_path):
+    Tokenizer(models.WordLevel({"<pad>": 0, "Mia": 1}, unk_token="<pad>")).save(str(folder / "tokenizer.json"))
+    assert_one_error(minirec_("demo", "--model", folder, "--out", tmp_path / "w.png"), "another vocabulary")
+
+
+# ---- generate
+
+
+@pytest.mark.parametrize("sampler", list(cli.SAMPLERS))
+def test_generate_prints_what_the_sampler_gives(minirec_, sampler):
+    model = RecurrentDepthLM.from_pretrained("tiny")
+    prompt = [BEGIN, *task_tokenizer().encode(STORY).ids]
+    expected = cli.SAMPLERS[sampler](model, prompt, 40)
+    code, out, err = minirec_("generate", "--sampler", sampler, "--max-new-tokens", 40, "--stats", STORY)
+    assert (code, out) == (0, task_tokenizer().decode(expected.tokens) + "\n")
+    assert f"{len(expected.tokens)} tokens in" in err
+    assert f" {expected.passes} recurrent-block passes" in err
+    assert f"{min(expected.depth)} to {max(expected.depth)}" in err
+
+
+def test_generate_streams_the_text_piece_by_piece(minirec_, folder, monkeypatch):
+    pieces = []
+
+    class Recorder(io.StringIO):
+        def write(self, text):
+            pieces.append(text)
+            return super().write(text)
+
+    args = ["generate", "--model", folder, "--max-new-tokens", 12, STORY]
+    _, whole, _ = minirec_(*args, "--no-stream")
+    monkeypatch.setattr(sys, "stdout", Recorder())
+    cli.main([str(a) for a in args])
+    assert "".join(pieces) == whole
+    assert sum(bool(p.strip()) for p in pieces) > 5
+    pieces.clear()
+    cli.main([str(a) for a in [*args, "--no-stream"]])
+    assert sum(bool(p.strip()) for p in pieces) == 1
+
+
+def test_stream_waits_for_a_whole_character(capsys):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    ids = tokenizer.encode("aé").ids
+    assert len(ids) == 3  # é is two bytes
+    stream, shown = cli.Stream(tokenizer), []
+    for token in ids:
+        stream.add(token)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "é"]
+
+
+def test_generate_reads_standard_input(minirec_, folder, monkeypatch):
+    args = ["generate", "--model", folder, "--max-new-tokens", 5]
+    expected = minirec_(*args, STORY)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(STORY + "\n"))
+    assert minirec_(*args, "-") == expected
+
+
+def test_generate_begins_the_prompt_as_the_model_was_trained(minirec_, folder, tmp_path, calls):
+    words = task_tokenizer().encode(STORY).ids
+    for name, bos, first in [("with", 1, [1]), ("other", 2, [2]), ("without", None, [])]:
+        path = copy_of_tiny(tmp_path / name, bos_token_id=bos)
+        assert minirec_("generate", "--model", path, "--max-new-tokens", 3, STORY)[0] == 0
+        assert calls[-1][1] == first + words
+
+
+def test_generate_passes_its_options_on(minirec_, folder, calls):
+    assert minirec_("generate", "--model", folder, "--max-new-tokens", 4, STORY)[0] == 0
+    assert calls[-1][0] == "diffusion" and calls[-1][2] == (4,)
+    assert calls[-1][3] == {"temperature": 0.0, "seed": 0, "kv_slots": 1}  # the rest is left to the library
+    args = (
+        "--sampler diffusion --num-steps 6 --inner-steps 2 --exit-threshold 0.2 --temperature 0.7 --top-k 9 "
+        "--top-p 0.9 --min-p 0.05 --repetition-penalty 1.1 --seed 4 --kv shared --kv-slots 2 --max-new-tokens 5"
+    )
+    assert minirec_("generate", "--model", folder, *args.split(), STORY)[0] == 0
+    assert calls[-1][3] == {
+        "num_steps": 6, "inner_steps": 2, "exit_threshold": 0.2, "temperature": 0.7, "top_k": 9, "top_p": 0.9,
+        "min_p": 0.05, "repetition_penalty": 1.1, "seed": 4, "kv": "shared", "kv_slots": 2,
+    }  # fmt: skip
+
+
+def test_generate_in_another_number_format(minirec_, folder, monkeypatch):
+    loaded = []
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    assert minirec_("generate", "--model", folder, "--dtype", "bfloat16", "--max-new-tokens", 2, STORY)[0] == 0
+    assert loaded[0].dtype == torch.bfloat16
+
+
+# ---- train
+
+
+def weights(path):
+    return checkpoint.load(path).state_dict()
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_train_leaves_a_checkpoint_that_generate_reads(minirec_, tmp_path):
+    code, out, _ = minirec_("train", "--out", tmp_path / "run", *FEW_STEPS)
+    assert code == 0
+    assert re.search(r"3 steps in \d+\.\d minutes: .* right on \d+% of 4 held-out problems", out)
+    made = tmp_path / "run" / "checkpoint"
+    assert {p.name for p in made.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"
+    }  # fmt: skip
+    model = checkpoint.load(made)
+    assert model.generation_config["eos_token_id"] == [2]
+    assert model.generation_config["diffusion_forcing"] == {"inner_steps": 1, "exit_threshold": 0.03}
+    assert minirec_("generate", "--model", made, "--max-new-tokens", 4, STORY)[0] == 0
+
+
+def test_train_is_a_function_of_its_seed(minirec_, tmp_path):
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        assert minirec_("train", "--out", tmp_path / name, "--seed", seed, *FEW_STEPS)[0] == 0
+    a, b, c = (weights(tmp_path / name / "checkpoint") for name in "abc")
+    assert_same_weights(a, b)
+    assert not torch.equal(a["transformer.wte.weight"], c["transformer.wte.weight"])
+
+
+def test_train_passes_every_setting_on(minirec_, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append((model, config)) or interrupt())
+    fields = dataclasses.fields(training.TrainingConfig)
+    changed = {f.name: f.default * 2 or 3 for f in fields if f.name != "families"}
+    args = [x for name, value in changed.items() for x in ("--" + name.replace("_", "-"), value)]
+    minirec_("train", "--out", tmp_path, "--preset", "small", "--families", "words", *args)
+    ((model, config),) = seen
+    assert dataclasses.asdict(config) == changed | {"families": ("words",)}
+    shape = RecurrentConfig.preset("small")
+    assert model.config == dataclasses.replace(shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+def test_train_goes_on_after_ctrl_c_as_if_nothing_had_happened(minirec_, tmp_path, monkeypatch):
+    assert minirec_("train", "--out", tmp_path / "whole", *FEW_STEPS)[0] == 0
+    depth_loss, steps = training.depth_loss, iter(range(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "depth_loss", lambda *a: interrupt() if next(steps) == 2 else depth_loss(*a))
+        code, out, err = minirec_("train", "--out", tmp_path / "cut", *FEW_STEPS)
+    assert code == 130
+    assert len(out.splitlines()) == 1 and "Traceback" not in err
+    assert not (tmp_path / "cut" / "checkpoint").exists()
+    assert not list(tmp_path.glob("**/*.part"))
+    assert minirec_("train", "--out", tmp_path / "cut", *FEW_STEPS)[0] == 0
+    assert_same_weights(weights(tmp_path / "whole" / "checkpoint"), weights(tmp_path / "cut" / "checkpoint"))
+
+
+def test_train_refuses_the_folder_of_another_run(minirec_, tmp_path):
+    assert minirec_("train", "--out", tmp_path, *FEW_STEPS)[0] == 0
+    before = (tmp_path / "state.safetensors").read_bytes()
+    assert_one_error(minirec_("train", "--out", tmp_path, *FEW_STEPS, "--batch-size", 2), "of another run")
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+# ---- info
+
+
+def test_info_counts_the_shape_of_the_large_model(minirec_):
+    code, out, _ = minirec_("info", "--preset", "huginn_3_5b")
+    assert code == 0
+    for fact in ["3,564,976,800", "4096 tokens", "32 recurrence steps", "13.28 GiB", "6.64 GiB", "2.659 MiB"]:
+        assert fact in out
+
+
+def test_info_needs_no_weights(minirec_, folder):
+    config = checkpoint.read_config(folder)
+    (folder / "model.safetensors").write_bytes(b"not looked at")
+    code, out, _ = minirec_("info", folder)
+    count = sum(p.numel() for p in RecurrentDepthLM(config).parameters())
+    assert code == 0 and f"{count:,}" in out and f"{4 * count / 2**20:.4g} MiB" in out
+    for kv, slots in [("full", 8), ("shared", 1), ("shared", 4)]:
+        size = bytes_per_token(config, 8, kv, slots, torch.float32) / 1024
+        (line,) = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x]
+        assert f" {size:.4g} KiB" in line
+
+
+def test_info_default_is_the_shipped_model(minirec_):
+    assert minirec_("info") == minirec_("info", "tiny")
+
+
+# ---- help
+
+
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("demo", "problems seed threads model out inner-steps exit-threshold num-steps"),
+        (
+            "generate",
+            "model sampler max-new-tokens num-steps inner-steps exit-threshold temperature top-k top-p min-p "
+            "repetition-penalty seed kv kv-slots no-stream stats device dtype threads",
+        ),
+        ("train", "out preset device threads " + " ".join(f.name for f in dataclasses.fields(training.TrainingConfig))),
+        ("info", "preset"),
+    ],
+)
+def test_help_explains_every_option_and_gives_an_example(capsys, command, options):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert f"example: minirec {command} " in text
+    _, _, explained = text.partition(" options: ")
+    for option in options.replace("_", "-").split():
+        # its name, its value's name or choices, then words
+        pattern = rf"--{option}( [A-Z_]+| \[?{{[^}}]*}}| FAMILIES \[FAMILIES \.\.\.\])? [a-z'0A]"
+        assert re.search(pattern, explained), f"--{option} is not explained in: {explained}"
+    if command == "train":
+        for f in dataclasses.fields(training.TrainingConfig):
+            shown = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+            assert str(f.default) in explained or str(shown) in explained, f.name
+
+
+def test_examples_of_the_help_are_commands(monkeypatch):
+    import shlex
+
+    def parsers():
+        top = cli.parser()
+        (commands,) = [a for a in top._actions if isinstance(a.choices, dict)]
+        return top, commands.choices
+
+    top, commands = parsers()
+    assert set(commands) == {"demo", "generate", "train", "info"}
+    for name, command in commands.items():
+        example = shlex.split(command.epilog.split("\n")[1])
+        assert example[:2] == ["minirec", name]
+        top.parse_args(example[1:])
+
+
+def test_without_a_command_it_prints_the_help(minirec_):
+    code, out, err = minirec_()
+    assert (code, err) == (0, "")
+    assert all(name in out for name in ["demo", "generate", "train", "info", "--version"])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"minirec {minirec.__version__}\n"
+
+
+# ---- bad input: one line that names it, exit code 2
+
+
+def assert_one_error(result, *words):
+    code, _, err = result
+    assert code == 2, err
+    assert re.fullmatch(r"minirec: error: .+\n", err), f"not one line: {err!r}"
+    for word in words:
+        assert word in err, f"{word!r} is not in {err!r}"
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("generate --model nowhere", "nowhere"),
+        ("generate --model ./nowhere/here", "nowhere"),
+        ("generate --model FILE", "is a file"),
+        ("generate --model EMPTY", "config.json"),
+        ("generate --num-steps 0", "num_steps is 0"),
+        ("generate --num-steps x", "--num-steps"),
+        ("generate --inner-steps 9", "inner_steps is 9"),
+        ("generate --exit-threshold -1", "exit_threshold is -1"),
+        ("generate --exit-threshold nan", "exit_threshold is nan"),
+        ("generate --sampler autoregressive --exit-threshold 0.1", "--exit-threshold"),
+        ("generate --sampler autoregressive --inner-steps 2", "--inner-steps"),
+        ("generate --sampler other", "other"),
+        ("generate --temperature -1", "temperature is -1"),
+        ("generate --temperature 1 --top-p 2", "top_p is 2"),
+        ("generate --max-new-tokens 0", "max_new_tokens is 0"),
+        ("generate --max-new-tokens 1000", "context is 512"),
+        ("generate --kv shared --kv-slots 0", "kv_slots is 0"),
+        ("generate --seed -1", "-1"),
+        ("generate --threads 0", "--threads"),
+        ("generate --device nonsense", "nonsense"),
+        ("generate --device meta", "meta"),
+        ("generate --wrong", "--wrong"),
+        ("demo --problems 0", "--problems"),
+        ("demo --exit-threshold -1", "exit_threshold is -1"),
+        ("demo --out FILE/w.png", "cannot write"),
+        ("demo --out EMPTY/nowhere/w.png", "cannot write"),
+        ("demo --out EMPTY", ".png"),
+        ("demo --out w.pdf", ".png"),
+        ("train", "--out"),
+        ("train --out FILE", "cannot write"),
+        ("train --out FILE/run", "FILE/run"),
+        ("train --out EMPTY --steps 0", "steps is 0"),
+        ("train --out EMPTY --families other", "other"),
+        ("train --out EMPTY --seed -1", "--seed"),
+        ("info nowhere", "nowhere"),
+        ("info EMPTY", "config.json"),
+        ("info --preset other", "other"),
+        ("info tiny2 --preset tiny", "not allowed"),
+        ("other", "other"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(minirec_, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "EMPTY").mkdir()
+    prompt = [STORY] if args.startswith("generate") else []
+    assert_one_error(minirec_(*args.split(), *prompt), words)
+    assert sorted(os.listdir(tmp_path)) == ["EMPTY", "FILE"] and not os.listdir(tmp_path / "EMPTY")
+
+
+def test_unknown_words_are_named(minirec_):
+    result = minirec_("generate", "Mia has 12 grapes. How many grapes does Bob have?")
+    assert_one_error(result, "'grapes', 'Bob'")
+    assert "Mia" not in result[2] and result[2].count("grapes") == 1
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused(minirec_, prompt):
+    assert_one_error(minirec_("generate", prompt), "prompt is empty")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_named(minirec_, folder):
+    (folder / "tokenizer.json").write_text("{}")
+    assert_one_error(minirec_("generate", "--model", folder, STORY), "tokenizer.json")
+    (folder / "tokenizer.json").unlink()
+    assert_one_error(minirec_("generate", "--model", folder, STORY), "tokenizer.json", str(folder))
+
+
+@pytest.mark.parametrize("args", [["demo"], ["train", "--out", "."]])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(minirec_, tmp_path, monkeypatch, args):
+    def refuse(**kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: pytest.fail("loaded a model first"))
+    monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("trained first"))
+    assert_one_error(minirec_(*args), "cannot write", "Permission denied")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused(minirec_):
+    assert_one_error(minirec_("generate", "--device", "cuda", STORY), "cuda")
+
+
+# ---- bugs keep their traceback
+
+
+def test_errors_that_are_bugs_are_not_hidden(folder, monkeypatch):
+    for bug in [ValueError("from below"), TypeError("wrong"), RuntimeError("shape")]:
+
+        def broken(*args, bug=bug, **kwargs):
+            raise bug
+
+        monkeypatch.setitem(cli.SAMPLERS, "diffusion", broken)
+        with pytest.raises(type(bug), match=str(bug)):
+            cli.main(["generate", "--model", str(folder), STORY])
+
+
+def test_a_value_error_that_no_raise_of_minirec_made_is_a_bug(folder, monkeypatch):
+    monkeypatch.setattr(cli.Stream, "end", lambda self: list(zip([1], [], strict=True)))
+    with pytest.raises(ValueError, match="zip"):
+        cli.main(["generate", "--model", str(folder), "--max-new-tokens", "2", STORY])
+    namespace = {"__name__": "minirec.made_up"}  # the same in a line of minirec's own that is not a raise
+    source = "def end(self):\n    return int('x')\n"
+    exec(compile(source, cli.__file__, "exec"), namespace)
+    monkeypatch.setattr(cli.Stream, "end", namespace["end"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["generate", "--model", str(folder), "--max-new-tokens", "2", STORY])
+
+
+# ---- Ctrl-C
+
+
+def test_ctrl_c_while_generating(minirec_, folder, monkeypatch):
+    monkeypatch.setattr(cli.Stream, "add", interrupt)
+    code, _, err = minirec_("generate", "--model", folder, STORY)
+    assert code == 130 and "Traceback" not in err
+
+
+def test_ctrl_c_while_reading_standard_input(minirec_, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"read": interrupt}))
+    assert minirec_("generate", "--model", folder, "-")[0] == 130
+
+
+def test_ctrl_c_while_drawing_leaves_the_old_picture_whole(minirec_, tmp_path, monkeypatch):
+    def half(self, path, **kwargs):
+        with open(path, "wb") as f:
+            f.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    picture = tmp_path / "w.png"
+    for before in [None, b"the old one"]:
+        if before:
+            picture.write_bytes(before)
+        code, _, err = minirec_("demo", "--problems", 1, "--out", picture)
+        assert code == 130 and "Traceback" not in err
+        assert os.listdir(tmp_path) == (["w.png"] if before else [])
+    assert picture.read_bytes() == b"the old one"
+
+
+# ---- as a process
+
+
+def process(*args, **options):
+    command = [sys.executable, "-m", "minirec.cli", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_exit_code_of_the_process(tmp_path):
+    p = process("generate", "--model", "nowhere", STORY, cwd=tmp_path)
+    out, err = p.communicate()
+    assert_one_error((p.returncode, out, err), "nowhere")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    p = process("info")
+    p.stdout.close()  # long before the first line is printed
+    assert p.wait() == 141 and p.stderr.read() == ""

@@ -1,0 +1,59 @@
+"""The numbers that describe a model: presets, derived sizes, and what is refused."""
+
+import math
+
+import pytest
+
+from minirec import RecurrentConfig
+
+
+def test_huginn_preset_is_the_published_shape():
+    config = RecurrentConfig.preset("huginn_3_5b")
+    assert (config.n_embd, config.n_heads, config.head_dim, config.intermediate_size) == (5280, 55, 96, 17920)
+    assert (config.n_layers_in_prelude, config.n_layers_in_recurrent_block, config.n_layers_in_coda) == (2, 4, 2)
+    assert (config.vocab_size, config.block_size, config.mean_recurrence) == (65536, 4096, 32)
+    assert config.effective_depth == 2 + 4 * 32 + 2
+    assert config.init_std == pytest.approx(math.sqrt(2 / (5 * 5280)))
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "huginn_3_5b"])
+def test_dictionary_and_back(name):
+    config = RecurrentConfig.preset(name)
+    assert RecurrentConfig.from_dict(config.to_dict()) == config
+
+
+def test_keys_of_others_are_ignored():
+    assert RecurrentConfig.from_dict({"n_embd": 64, "n_heads": 4, "model_type": "x"}).n_embd == 64
+
+
+def test_padded_vocabulary_is_the_vocabulary_unless_given():
+    assert RecurrentConfig(vocab_size=100).padded_vocab_size == 100
+    assert RecurrentConfig(vocab_size=100, padded_vocab_size=128).padded_vocab_size == 128
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"n_embd": 0}, "n_embd is 0"),
+        ({"n_heads": -1}, "n_heads is -1"),
+        ({"intermediate_size": 0}, "intermediate_size is 0"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"mean_recurrence": 0}, "mean_recurrence is 0"),
+        ({"mean_backprop_depth": 0}, "mean_backprop_depth is 0"),
+        ({"n_layers_in_prelude": 0}, "n_layers_in_prelude is 0"),
+        ({"n_layers_in_recurrent_block": 0}, "n_layers_in_recurrent_block is 0"),
+        ({"n_layers_in_coda": 0}, "n_layers_in_coda is 0"),
+        ({"n_embd": 64, "n_heads": 5}, "n_embd 64 with n_heads 5"),
+        ({"n_embd": 15, "n_heads": 5}, "n_embd 15 with n_heads 5"),  # rotary positions need pairs of channels
+        ({"vocab_size": 100, "padded_vocab_size": 64}, "padded_vocab_size is 64"),
+    ],
+)
+def test_wrong_value_is_named(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        RecurrentConfig(**wrong)
+
+
+def test_unknown_preset_is_named():
+    with pytest.raises(ValueError, match=r"preset is 'huge'; it must be one of tiny, small, huginn_3_5b"):
+        RecurrentConfig.preset("huge")

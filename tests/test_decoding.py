@@ -1,0 +1,168 @@
+"""The grid: windows against stored keys and values give the plain forward pass's numbers; bad arguments are named.
+
+The arguments that all samplers share are checked here, with each sampler that there is.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minirec import autoregressive, diffusion_forcing
+from minirec.decoding import Grid
+
+TOKENS = st.lists(st.integers(0, 22), min_size=2, max_size=10)
+SIZES = st.sampled_from([{}, {"n_layers_in_recurrent_block": 2, "n_layers_in_prelude": 2}, {"qk_bias": False}])
+SAMPLERS = pytest.mark.parametrize("sampler", [autoregressive, diffusion_forcing], ids=["ar", "df"])
+
+
+def advance(grid: Grid, starts: list[int], width: int) -> torch.Tensor:
+    """Take a window from its initial states to full depth: logits (B, W, V)."""
+    at = grid.window(starts, width)
+    s, e = at.read(grid.state), grid.embed(at)
+    for depth in range(grid.num_steps):
+        s = grid.recur(s, e, at, depth)
+    return grid.decode(s, at)
+
+
+# --- cached = uncached --------------------------------------------------------------------------------------------
+
+
+@given(TOKENS, st.integers(0, 2), SIZES, st.integers(1, 5), st.data())
+def test_windows_of_any_widths_give_the_plain_forward_pass(small_model, tokens, seed, sizes, num_steps, data):
+    model = small_model(seed, **sizes)
+    right = model(torch.tensor([tokens]), num_steps=num_steps).logits
+    grid = Grid(model, tokens, max_new_tokens=1, num_steps=num_steps, kv="full")
+    start = 0
+    while start < len(tokens):
+        width = data.draw(st.integers(1, len(tokens) - start))
+        logits = advance(grid, [start], width)
+        torch.testing.assert_close(logits, right[:, start : start + width], rtol=0, atol=1e-9)
+        start += width
+
+
+@given(TOKENS, st.integers(0, 2))
+def test_also_in_float32(small_model, tokens, seed):
+    model = small_model(seed, torch.float32)
+    right = model(torch.tensor([tokens])).logits
+    grid = Grid(model, tokens, max_new_tokens=1, kv="full")
+    logits = torch.cat([advance(grid, [position], 1) for position in range(len(tokens))], dim=1)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, right, rtol=1e-4, atol=1e-4)
+
+
+def test_also_in_bfloat16(small_model):
+    model = small_model(0, torch.bfloat16)
+    tokens = list(range(8))
+    right = model(torch.tensor([tokens])).logits
+    grid = Grid(model, tokens, max_new_tokens=1, kv="full")
+    assert grid.cache.parts["core"].dtype == torch.bfloat16
+    logits = torch.cat([advance(grid, [position], 1) for position in range(len(tokens))], dim=1)
+    assert logits.dtype == torch.float32
+    assert (logits - right).norm() / right.norm() < 0.05
+
+
+@given(TOKENS, st.integers(0, 2), st.integers(1, 4), st.data())
+def test_rows_at_different_positions_give_the_plain_forward_pass(small_model, tokens, seed, num_steps, data):
+    model = small_model(seed)
+    rows = [tokens, tokens[::-1], tokens[1:] + tokens[:1]]
+    right = model(torch.tensor(rows), num_steps=num_steps).logits
+    starts = [data.draw(st.integers(0, len(tokens) - 1)) for _ in rows]
+    width = data.draw(st.integers(1, len(tokens) - max(starts)))
+    grid = Grid(model, rows, max_new_tokens=1, num_steps=num_steps, kv="full")
+    if max(starts):
+        advance(grid, [0, 0, 0], max(starts))
+    logits = advance(grid, starts, width)
+    for row, start in enumerate(starts):
+        torch.testing.assert_close(logits[row], right[row, start : start + width], rtol=0, atol=1e-9)
+
+
+@given(TOKENS, st.integers(0, 2), SIZES, st.integers(1, 5))
+def test_a_diagonal_of_known_tokens_gives_the_plain_forward_pass(small_model, tokens, seed, sizes, num_steps):
+    """Cell (t, k) only needs the cells (0..t, k) of its own depth: a diagonal is a valid order for "full"."""
+    model = small_model(seed, **sizes)
+    right = model(torch.tensor([tokens]), num_steps=num_steps).logits[0]
+    grid = Grid(model, tokens, max_new_tokens=1, num_steps=num_steps, kv="full")
+    for outer_step in range(len(tokens) + num_steps - 1):  # position t starts at outer step t
+        first, last = max(0, outer_step - num_steps + 1), min(outer_step, len(tokens) - 1)
+        at = grid.window([first], last - first + 1)
+        depth = outer_step - at.positions
+        s = grid.recur(at.read(grid.state), grid.embed(at), at, depth)
+        at.write(grid.state, s)
+        logits = grid.decode(s, at)[0]
+        if depth[0, 0] == num_steps - 1:  # the leftmost cell is done
+            torch.testing.assert_close(logits[0], right[first], rtol=0, atol=1e-9)
+
+
+@given(TOKENS, st.integers(0, 2))
+def test_decode_of_one_cell_is_that_cell_of_all(small_model, tokens, seed):
+    grid = Grid(small_model(seed), [tokens, tokens], max_new_tokens=1)
+    at = grid.window([0, 0], len(tokens))
+    s = grid.recur(at.read(grid.state), grid.embed(at), at, 0)
+    both = grid.decode(s, at)
+    one = grid.decode(s, at, only=torch.tensor([0, len(tokens) - 1]))
+    torch.testing.assert_close(one[:, 0], torch.stack([both[0, 0], both[1, -1]]), rtol=0, atol=1e-12)
+
+
+def test_the_grid_starts_from_the_models_initial_state(small_model):
+    model = small_model(0)
+    grid = Grid(model, [[1, 2], [3, 4, 5]], max_new_tokens=4, seed=[8, 9], init_scale=0.5)
+    positions = torch.arange(7)
+    right = torch.stack([model.initial_state(positions, seed=s, scale=0.5) for s in (8, 9)])
+    assert torch.equal(grid.state, right)
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+@SAMPLERS
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"num_steps": -2}, "num_steps is -2"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": torch.zeros(0, dtype=torch.long)}, "prompt is empty"),
+        ({"prompt": [[1, 2], []]}, "prompt is empty"),
+        ({"prompt": [1, 23]}, "prompt holds 23; token ids are from 0 to 22"),
+        ({"prompt": torch.tensor([1, 23])}, "prompt holds 23; token ids are from 0 to 22"),
+        ({"prompt": [[1], [-1]]}, "prompt holds -1"),
+        ({"prompt": [1, 2.0]}, "prompt holds 2.0"),
+        ({"prompt": "text"}, "prompt holds 't'"),
+        ({"prompt": [0] * 40, "max_new_tokens": 9}, "prompt of 40 tokens and max_new_tokens 9 make 49.*is 48"),
+        ({"prompt": [[0], [0] * 48]}, "prompt of 48 tokens"),
+        ({"kv": "half"}, "kv is 'half'"),
+        ({"kv_slots": 0}, "kv_slots is 0"),
+        ({"kv": "shared", "kv_slots": 5}, "kv_slots is 5; .* here 4"),
+        ({"init_scale": -0.5}, "init_scale is -0.5"),
+        ({"init_scale": float("nan")}, "init_scale is nan"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 2}, "top_p is 2"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
+        ({"prompt": [[1], [2], [3]], "seed": [1, 2]}, "seed has 2 values for 3 prompts"),
+    ],
+)
+def test_bad_argument_is_named_before_any_work(small_model, monkeypatch, sampler, wrong, named):
+    for work in ("prefill", "embed", "recur", "decode"):
+        monkeypatch.setattr(Grid, work, lambda *_: pytest.fail("work was done before the arguments were checked"))
+    with pytest.raises(ValueError, match=named):
+        sampler.generate(small_model(0), **({"prompt": [1, 2], "max_new_tokens": 4} | wrong))
+
+
+@SAMPLERS
+def test_unknown_argument_is_named(small_model, sampler):
+    with pytest.raises(TypeError, match="temperatur"):
+        sampler.generate(small_model(0), [1, 2], 4, temperatur=0.7)
+    with pytest.raises(TypeError):  # samplers' own arguments are keywords
+        sampler.generate(small_model(0), [1, 2], 4, 4)
+
+
+@SAMPLERS
+def test_the_whole_context_can_be_used(small_model, sampler):
+    gen = sampler.generate(small_model(0), [5] * 40, max_new_tokens=8)
+    assert len(gen.tokens) == 8
