@@ -139,33 +139,37 @@ def diffusion_run(model: RecurrentDepthLM, prompt: list[int], tokens: int, wave:
     return generate, slice(1, tokens - wave)
 
 
-def measure(model: RecurrentDepthLM, tokens: int, repeat: int) -> dict:
-    """All measurements, `repeat` times in turn: {"steps": ..., "growth": ..., "profile": ...}."""
+def runs(model: RecurrentDepthLM, tokens: int) -> dict[str, tuple[Callable, list, slice]]:
+    """Name -> a generation, the matrix products of one of its steps, and which of its steps are meant."""
     config, r = model.config, model.config.mean_recurrence
     draw = torch.Generator().manual_seed(7)
     text = torch.randint(config.vocab_size, (config.block_size,), generator=draw).tolist()
-    everything = slice(0, None)
-    one = matrix_products(model, r, rows=1)
-
-    runs = {"token": (partial(autoregressive.generate, model, text[:PROMPT], tokens, **COMMON), everything, one)}
+    one, every = matrix_products(model, r, rows=1), slice(0, None)
+    found = {"token": (partial(autoregressive.generate, model, text[:PROMPT], tokens, **COMMON), one, every)}
     for wave in WAVES:
-        products = matrix_products(model, INNER_STEPS, rows=wave)
-        runs[f"step {wave}"] = (*diffusion_run(model, text[:PROMPT], tokens, wave), products)
+        generate, steady = diffusion_run(model, text[:PROMPT], tokens, wave)
+        found[f"step {wave}"] = (generate, matrix_products(model, INNER_STEPS, rows=wave), steady)
     around = 8  # a position is timed as the middle of sixteen
     for kv in ("full", "shared"):
         for position in POSITIONS:
             prompt = text[: position - around]
             generate = partial(autoregressive.generate, model, prompt, 2 * around + 1, kv=kv, **COMMON)
-            runs[f"{kv} {position}"] = (generate, everything, one)
+            found[f"{kv} {position}"] = (generate, one, every)
+    return found
 
-    times = {name: [] for name in runs}
+
+def measure(model: RecurrentDepthLM, tokens: int, repeat: int) -> dict:
+    """All measurements, `repeat` times in turn: {"steps": ..., "growth": ..., "profile": ..., "weights_mb": ...}."""
+    config, r = model.config, model.config.mean_recurrence
+    what = runs(model, tokens)
+    times = {name: [] for name in what}
     profiles = {name: [] for name in ("token", "step 8")}
-    time_steps(*(runs["token"][i] for i in (0, 2, 1)))  # warm-up; diffusion had its own
+    time_steps(*what["token"])  # warm-up
     for _ in range(repeat):
-        for name, (generate, steady, products) in runs.items():
-            times[name].append(time_steps(generate, products, steady))
+        for name in what:
+            times[name].append(time_steps(*what[name]))
         for name, kept in profiles.items():
-            generate, steady, _ = runs[name]
+            generate, _, steady = what[name]
             kept += profile(generate, steady)
 
     results = {"steps": {}, "growth": {}, "profile": {}}
@@ -189,7 +193,7 @@ def measure(model: RecurrentDepthLM, tokens: int, repeat: int) -> dict:
         }
     for name, kept in profiles.items():
         results["profile"][name] = typical(kept)
-    results["weights_mb"] = sum(weight.nbytes for _, weight in one) / 1e6
+    results["weights_mb"] = sum(weight.nbytes for _, weight in what["token"][1]) / 1e6
     return results
 
 

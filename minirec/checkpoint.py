@@ -78,7 +78,10 @@ def load(
                         raise ValueError(
                             f"{file}: tensor {tensor} has shape {shape}; config.json asks for {expected[tensor]}"
                         )
-                    tensors[tensor] = f.get_tensor(tensor).to(device=device, dtype=dtype)
+                    value = f.get_tensor(tensor)
+                    if not value.is_floating_point():
+                        raise ValueError(f"{file}: tensor {tensor} is {value.dtype}; minirec needs floating point")
+                    tensors[tensor] = value.to(device=device, dtype=dtype)
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
     for tensor, value in tensors.items():
@@ -111,7 +114,8 @@ def save(model: RecurrentDepthLM, folder: str | Path, *, max_shard_size: str = "
         )
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-    for stale in {*folder.glob("model*.safetensors"), folder / INDEX}:
+    # the index first: without it the new single file counts, whatever is left of the old shards
+    for stale in [folder / INDEX, folder / WEIGHTS, *folder.glob("model-?????-of-?????.safetensors")]:
         if stale.name not in split.filename_to_tensors and not (stale.name == INDEX and split.is_sharded):
             stale.unlink(missing_ok=True)
     _write_json(folder / "config.json", official_config(model.config, model.dtype))
@@ -193,6 +197,9 @@ def _shards(folder: Path, expected: dict, ignored: set[str]) -> dict[str, Path]:
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict):
             raise ValueError(f"{index} has no weight_map")
+        for file in listed.values():
+            if Path(str(file)).name != file or not file.endswith(".safetensors"):  # "../elsewhere", "/elsewhere"
+                raise ValueError(f"{index} names {file!r}; a shard is a file in the folder of the index")
         files = sorted({folder / file for file in listed.values()})
     else:
         files = [folder / WEIGHTS]
@@ -207,7 +214,7 @@ def _shards(folder: Path, expected: dict, ignored: set[str]) -> dict[str, Path]:
         try:
             with safe_open(file, "pt") as f:
                 where |= dict.fromkeys(f.keys(), file)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:  # an OSError of safetensors does not name the file
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
     if index.exists():
         for tensor, file in listed.items():

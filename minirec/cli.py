@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        print(file=sys.stderr)  # the shell's next prompt starts a line of its own
+    except KeyboardInterrupt as stop:
+        print("\nminirec: stopped", *stop.args, file=sys.stderr)  # on a line of its own, after the text so far
         return 130
     except BrokenPipeError:  # the reader of a pipe left, as in `minirec info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -199,7 +199,10 @@ def train(args: argparse.Namespace) -> None:
         "eos_token_id": [END],
         "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.03},
     }
-    log = training.train(model, config, args.out)
+    try:
+        log = training.train(model, config, args.out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("(the same command goes on from the last save)") from None
     folder = args.out / "checkpoint"
     checkpoint.write_whole(folder / "tokenizer.json", task_tokenizer().save)
     print(

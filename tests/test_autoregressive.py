@@ -115,9 +115,11 @@ def test_sampling_is_seeded(small_model):
     assert [gen.tokens for gen in batch] == runs[1:]
 
 
-def test_a_single_prompt_may_be_a_tensor_and_a_batch_a_matrix(small_model):
+def test_prompts_may_be_lists_tuples_tensors_and_arrays(small_model):
     model = small_model(2)
     right = autoregressive.generate(model, [3, 1], 3).tokens
-    assert autoregressive.generate(model, torch.tensor([3, 1]), 3).tokens == right
-    for batch in ([[3, 1]], torch.tensor([[3, 1]]), [torch.tensor([3, 1])]):
+    ids = torch.tensor([3, 1])
+    for prompt in ((3, 1), ids, ids.int(), ids.numpy(), list(ids), list(ids.numpy()), range(3, 0, -2)):
+        assert autoregressive.generate(model, prompt, 3).tokens == right
+    for batch in ([[3, 1]], [(3, 1)], ids[None], ids[None].numpy(), [ids], [ids.numpy()], (ids,)):
         assert [gen.tokens for gen in autoregressive.generate(model, batch, 3)] == [right]

@@ -1,20 +1,20 @@
 """The benchmarks run, print what they say, and time what they say; how long anything took is not looked at."""
 
 import importlib
+import itertools
 import json
 import re
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minirec import RecurrentConfig, RecurrentDepthLM, autoregressive, tasks
-from minirec.decoding import Generation
+from minirec import RecurrentConfig, RecurrentDepthLM, tasks
+from minirec.decoding import Generation, Grid
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-WHOLE = slice(0, None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,58 +110,89 @@ def test_profile_adds_up_and_finds_every_part(overhead, overhead_run):
         assert sum(parts[part] for part in named) == pytest.approx(parts["whole"])
 
 
-def linear_calls(monkeypatch, generate) -> list[list[tuple]]:
-    """Per step, from one final token to the next: the shape of the input and the weight of every F.linear."""
-    calls, steps, linear = [], [], F.linear
+def steps_of(monkeypatch, generate) -> list[tuple[int, list[tuple]]]:
+    """Of each step, from one final token to the next: its first position, and the matrix products it ran."""
+    starts, calls, steps = [], [], []
+    window, linear = Grid.window, F.linear
 
-    def spy(x, weight, bias=None):
+    def spy_window(grid, begin, width):
+        starts.extend(begin)
+        return window(grid, begin, width)
+
+    def spy_linear(x, weight):
         calls.append((tuple(x.shape), weight.data_ptr()))
-        return linear(x, weight, bias)
+        return linear(x, weight)
 
     def on_token(token):
-        steps.append(calls.copy())
+        steps.append((starts[-1], calls.copy()))
         calls.clear()
 
     with monkeypatch.context() as patch:
-        patch.setattr(F, "linear", spy)
+        patch.setattr(Grid, "window", spy_window)
+        patch.setattr(F, "linear", spy_linear)
         generate(on_token=on_token)
     return steps[1:]  # the first is the prefill
 
 
-def test_the_products_alone_are_those_of_a_token(overhead, tiny, monkeypatch):
-    steps = linear_calls(monkeypatch, partial(autoregressive.generate, tiny, [1, 5, 7], 4, **overhead.COMMON))
-    products = overhead.matrix_products(tiny, tiny.config.mean_recurrence, rows=1)
+@pytest.mark.parametrize(
+    ("name", "count", "middle"),
+    [
+        ("token", 29, 46),
+        ("step 8", 21, None),
+        ("step 16", 13, None),
+        *((f"{kv} {position}", 16, position - 0.5) for kv in ("full", "shared") for position in (40, 400)),
+    ],
+)
+def test_what_is_timed_is_a_step_and_exactly_its_matrix_products(name, count, middle, overhead, tiny, monkeypatch):
+    generate, products, steady = overhead.runs(tiny, tokens=30)[name]
+    steps = steps_of(monkeypatch, generate)
     alone = [(tuple(x.shape), weight.data_ptr()) for x, weight in products]
-    assert len(steps) == 3 and all(step == alone for step in steps)
+    assert len(steps[steady]) == count
+    assert all(calls == alone for _, calls in steps[steady])
+    if middle is None:  # the steps next to the steady ones are of another kind: the ramps
+        assert steps[steady.start - 1][1] != alone and steps[steady.stop][1] != alone
+    else:
+        positions = [start for start, _ in steps[steady]]
+        assert sum(positions) / count == middle
 
 
-@pytest.mark.parametrize("wave", [8, 16])
-def test_the_products_alone_are_those_of_an_outer_step_with_a_full_wave(overhead, tiny, monkeypatch, wave):
-    generate, steady = overhead.diffusion_run(tiny, [1, 5, 7], wave + 6, wave)
-    steps = linear_calls(monkeypatch, generate)
-    products = overhead.matrix_products(tiny, overhead.INNER_STEPS, rows=wave)
-    alone = [(tuple(x.shape), weight.data_ptr()) for x, weight in products]
-    assert len(steps[steady]) == 5 and all(step == alone for step in steps[steady])
-    assert steps[steady.start - 1] != alone and steps[steady.stop] != alone, "steady steps are left out"
+@pytest.fixture
+def ticks(overhead, monkeypatch):
+    """A clock that moves by one tick a reading, and `ticks(n)` moves it by n."""
+    clock = itertools.count()
+    monkeypatch.setattr(overhead, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    return lambda n: [next(clock) for _ in range(n)]
 
 
-def test_steps_and_products_are_timed_apart(overhead, monkeypatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(clock))
-    works = {"step": 100, "products": 10}  # ticks
+def test_steps_and_products_are_timed_apart(overhead, ticks, monkeypatch):
+    def generate(on_token):
+        for _ in range(4):
+            ticks(100)
+            on_token(0)
 
-    def spend(what):
-        for _ in range(works[what]):
-            next(clock)
+    monkeypatch.setattr(F, "linear", lambda x, weight: ticks(10))
+    # a reading of the clock takes a tick itself
+    assert overhead.time_steps(generate, [(None, None)], slice(0, None)) == (101, 11)
+
+
+def test_profile_counts_the_attention_inside_the_cache_once(overhead, ticks, monkeypatch):
+    work = SimpleNamespace(attention=lambda: ticks(50), attend=lambda: (ticks(20), work.attention()))
+    monkeypatch.setattr(
+        overhead, "PARTS", {"attention": (work, "attention"), "cache reads and writes": (work, "attend")}
+    )
 
     def generate(on_token):
         for _ in range(4):
-            spend("step")
+            work.attend()
+            ticks(100)
             on_token(0)
 
-    monkeypatch.setattr(overhead.F, "linear", lambda x, weight: spend("products"))
-    # a reading of the clock takes a tick itself
-    assert overhead.time_steps(generate, [(None, None)], WHOLE) == (101, 11)
+    first, *others = overhead.profile(generate, slice(0, None))
+    assert len(others) == 2 and all(step == first for step in others)
+    assert first["attention"] / 1e3 == 51
+    assert first["cache reads and writes"] / 1e3 == 22
+    assert first[overhead.REST] / 1e3 == 102  # and the last two readings of the clock
+    assert first["whole"] / 1e3 == 175
 
 
 def test_samplers_reports_every_setting_from_one_run(samplers, samplers_run):

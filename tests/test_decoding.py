@@ -166,3 +166,12 @@ def test_unknown_argument_is_named(small_model, sampler):
 def test_the_whole_context_can_be_used(small_model, sampler):
     gen = sampler.generate(small_model(0), [5] * 40, max_new_tokens=8)
     assert len(gen.tokens) == 8
+
+
+@SAMPLERS
+def test_a_call_leaves_the_model_as_it_was(small_model, sampler):
+    model = small_model(0)
+    before = {name: p.clone() for name, p in model.state_dict().items()}, dict(vars(model.config))
+    sampler.generate(model, [1, 2], 4, num_steps=4, stop_tokens=[3], temperature=1.0, kv="full")
+    assert all(torch.equal(p, before[0][name]) for name, p in model.state_dict().items())
+    assert (vars(model.config), model.generation_config) == (before[1], {})

@@ -1,13 +1,18 @@
-"""The notebooks as they are stored: whole, run from top to bottom, and light. nbval runs them."""
+"""The notebooks as they are stored: whole, run from top to bottom, and light; and what they define. nbval runs them."""
 
+import ast
 import json
 import warnings
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_BYTES = 1_000_000
 MIN_CELLS, MAX_CELLS = 25, 45
 
@@ -69,3 +74,48 @@ def test_notebook_is_stored_clean(path):
     if path.stat().st_size >= MAX_BYTES:
         problems.append(f"{path.stat().st_size} bytes, not under {MAX_BYTES}")
     assert not problems, "\n".join(f"{path.name}: {problem}" for problem in problems)
+
+
+def definitions(name: str) -> dict:
+    """What a notebook imports and defines, without running anything else of it."""
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    namespace = {}
+    for cell in nbformat.read(FOLDER / name, as_version=4).cells:
+        if cell.cell_type == "code":
+            kept = [node for node in ast.parse(cell.source).body if isinstance(node, kinds)]
+            exec(compile(ast.Module(kept, type_ignores=[]), f"{name}: {cell.id}", "exec"), namespace)
+    return namespace
+
+
+@torch.inference_mode()
+def test_the_model_of_notebook_01_is_the_package_s_at_another_shape():
+    mine = definitions("01_recurrent_block.ipynb")
+    config = RecurrentConfig(
+        n_embd=24, n_heads=3, intermediate_size=40, vocab_size=50, block_size=32, mean_recurrence=4,
+        n_layers_in_prelude=2, n_layers_in_recurrent_block=3, n_layers_in_coda=1,
+    )  # fmt: skip
+    model = RecurrentDepthLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():  # a fresh model has offsets 0 and norms 1, which would hide mistakes
+        p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    scratch = mine["FromScratch"](50, 24, 3, 40, 2, 3, 1)
+    weights = {k.removeprefix("transformer."): v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    scratch.load_state_dict(weights)
+    tokens = torch.arange(30).reshape(2, 15)
+    for num_steps in (0, 1, 5):
+        expected = model(tokens, num_steps=num_steps).logits
+        torch.testing.assert_close(scratch(tokens, num_steps), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("freeze", ["prefix", "last"])
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_the_sampler_of_notebook_06_is_the_package_s_on_random_weights(freeze, inner_steps):
+    mine = definitions("06_diffusion_forcing.ipynb")
+    torch.manual_seed(3)
+    model = RecurrentDepthLM(
+        RecurrentConfig(n_embd=32, n_heads=2, intermediate_size=48, vocab_size=40, block_size=64, mean_recurrence=5)
+    )
+    settings = dict(inner_steps=inner_steps, exit_threshold=0.2, freeze=freeze, headway=2, max_wavefront=6)
+    by_hand = mine["diffusion_forcing_by_hand"](model, [3, 1, 4, 1, 5], 30, 5, **settings)
+    package = diffusion_forcing.generate(model, [3, 1, 4, 1, 5], 30, num_steps=5, **settings)
+    assert (by_hand.tokens, by_hand.depth) == (package.tokens, package.depth)

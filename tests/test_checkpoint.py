@@ -1,0 +1,383 @@
+"""Checkpoints: what is saved comes back, and a file that does not fit is one clear error and no model."""
+
+import ast
+import copy
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minirec
+from minirec import RecurrentConfig, RecurrentDepthLM, checkpoint
+
+WTE, NORM = "transformer.wte.weight", "transformer.ln_f.weight"
+
+
+@pytest.fixture
+def model(small_model):
+    model = copy.deepcopy(small_model(dtype=torch.float32))
+    model.generation_config = {"eos_token_id": [2, 5], "diffusion_forcing": {"inner_steps": 1}}
+    return model
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """A good checkpoint of one file, to spoil."""
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def shards(model, tmp_path):
+    """A good checkpoint of several files, to spoil."""
+    model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    return tmp_path / "shards"
+
+
+def assert_equal(a: RecurrentDepthLM, b: RecurrentDepthLM) -> None:
+    """The same config, the same weights to the bit, and so the same logits."""
+    assert a.config == b.config and a.dtype == b.dtype
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), f"{name} has changed"
+    tokens = torch.arange(10)[None]
+    assert torch.equal(a(tokens).logits, b(tokens).logits)
+
+
+def edit_json(path: Path, **changes) -> None:
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | changes))
+
+
+def edit_tensors(folder: Path, **changes) -> None:
+    """Add or replace tensors of a one-file checkpoint; None removes."""
+    path = folder / checkpoint.WEIGHTS
+    tensors = load_file(path) | changes
+    save_file({name: t for name, t in tensors.items() if t is not None}, path)
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
+def test_what_is_saved_comes_back(small_model, tmp_path, tie_embeddings, max_shard_size):
+    model = small_model(dtype=torch.float32, tie_embeddings=tie_embeddings)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    loaded = RecurrentDepthLM.from_pretrained(tmp_path)
+    assert_equal(model, loaded)
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tie_embeddings
+    assert not loaded.training
+    files = {p.name for p in tmp_path.iterdir()}
+    assert ("model.safetensors" in files) == (max_shard_size == "5GB")
+    assert ("model.safetensors.index.json" in files) == (max_shard_size == "8KB")
+
+
+def test_a_tied_head_is_stored_once(saved):
+    assert "lm_head.weight" not in load_file(saved / checkpoint.WEIGHTS)
+
+
+def test_shards_hold_every_tensor_once(model, shards):
+    tensors = [name for file in shards.glob("model-*.safetensors") for name in load_file(file)]
+    assert sorted(tensors) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_config_and_generation_config_come_back(small_model, tmp_path):
+    sizes = dict(
+        n_layers_in_prelude=2, n_layers_in_recurrent_block=3, n_layers_in_coda=2, padded_vocab_size=32, rope_base=999.0,
+        norm_eps=1e-5, qk_bias=False, bos_token_id=7, eos_token_id=8, pad_token_id=9, mean_backprop_depth=3,
+    )  # fmt: skip
+    model = copy.deepcopy(small_model(dtype=torch.float32, **sizes))
+    model.generation_config = {"eos_token_id": [8, 3], "diffusion_forcing": {"inner_steps": 2, "exit_threshold": 0.5}}
+    model.save_pretrained(tmp_path)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.config == model.config and loaded.generation_config == model.generation_config
+    assert all(getattr(loaded.config, name) == value for name, value in sizes.items())
+
+
+def test_the_number_format_of_the_file_is_kept_unless_another_is_asked_for(model, saved, tmp_path):
+    half = checkpoint.load(saved, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.transformer.wte.weight, model.transformer.wte.weight.bfloat16())
+    half.save_pretrained(tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_equal(half, checkpoint.load(tmp_path / "half"))
+    assert checkpoint.load(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
+
+
+def test_the_official_model_loads(golden_folder):
+    model = checkpoint.load(golden_folder / "model")
+    for name, tensor in load_file(golden_folder / "model" / "model.safetensors").items():
+        if name not in ("freqs_cis", "lm_head.weight"):
+            assert torch.equal(model.get_parameter(name), tensor), name
+
+
+def test_the_shipped_model_loads():
+    assert RecurrentDepthLM.from_pretrained("tiny").config == RecurrentConfig.preset("tiny")
+
+
+def test_saved_config_has_what_the_official_class_reads(golden_folder, tmp_path):
+    theirs = json.loads((golden_folder / "model" / "config.json").read_text())
+    for name in ("activation_checkpoint_impl", "init_orthogonal", "padding_multiple", "transformers_version"):
+        del theirs[name]  # of training, or a record of what wrote the file
+    checkpoint.load(golden_folder / "model").save_pretrained(tmp_path)
+    ours = json.loads((tmp_path / "config.json").read_text())
+    for name, value in theirs.items():
+        assert ours.get(name) == pytest.approx(value), f"{name} is {ours.get(name)!r}, theirs {value!r}"
+
+
+def test_the_table_of_rotations_in_a_file_is_ignored(model, saved):
+    edit_tensors(saved, freqs_cis=torch.zeros(3))
+    assert_equal(model, checkpoint.load(saved))
+
+
+def test_the_head_in_a_tied_file_is_ignored(model, saved):
+    edit_tensors(saved, **{"lm_head.weight": torch.zeros(model.lm_head.weight.shape)})
+    loaded = checkpoint.load(saved)
+    assert_equal(model, loaded)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_head_that_is_not_tied_is_not_ignored(small_model, tmp_path):
+    small_model(dtype=torch.float32, tie_embeddings=False).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, **{"lm_head.weight": None})
+    assert_refused(tmp_path, "lm_head.weight is missing", checkpoint.WEIGHTS)
+
+
+# ---- saving over something
+
+
+def test_saving_again_replaces_the_old_weights(small_model, tmp_path):
+    a, b = small_model(0, dtype=torch.float32), small_model(1, dtype=torch.float32)
+    for model, size in [(a, "8KB"), (b, "5GB"), (a, "8KB"), (b, "12KB"), (a, "5GB")]:
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert_equal(model, checkpoint.load(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_saving_touches_no_file_of_someone_else(model, saved):
+    for name in ["model_backup.safetensors", "model-old.safetensors", "tokenizer.json", "notes.md"]:
+        (saved / name).write_text("mine")
+        model.save_pretrained(saved, max_shard_size="8KB")
+        assert (saved / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+def test_a_save_that_is_cut_short_leaves_the_old_files_whole(small_model, saved, monkeypatch, error):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def half(tensors, path, **kwargs):
+        Path(path).write_bytes(b"half a file")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        small_model(1, dtype=torch.float32).save_pretrained(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_save_that_is_cut_short_while_tidying_up_can_be_loaded(small_model, shards, monkeypatch):
+    model, unlink, removed = small_model(1, dtype=torch.float32), Path.unlink, []
+
+    def once(path, **kwargs):
+        if path.suffix != ".part":
+            if removed:
+                raise KeyboardInterrupt
+            removed.append(path)
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", once)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(shards)
+    assert_equal(model, checkpoint.load(shards))
+
+
+# ---- what does not fit
+
+
+def assert_refused(folder: Path, *words: str, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error) as refused:
+        checkpoint.load(folder)
+    message = str(refused.value)
+    assert refused.type is error and "\n" not in message
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+def test_no_such_folder(tmp_path):
+    assert_refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), error=FileNotFoundError)
+    assert_refused("nowhere", "'nowhere'", "'tiny'", error=FileNotFoundError)
+
+
+def test_a_file_where_a_folder_should_be(saved):
+    assert_refused(saved / "config.json", "config.json is a file")
+
+
+def test_no_config(saved):
+    (saved / "config.json").unlink()
+    assert_refused(saved, str(saved), "has no config.json", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("text, words", [("{", "is not JSON"), ("", "is not JSON"), ("[1]", "list"), ("3", "int")])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_json_that_is_none(saved, file, text, words):
+    (saved / file).write_text(text)
+    assert_refused(saved, str(saved / file), words)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"block_class_name": "TransformerPreNormBlock"}, "block_class_name is 'TransformerPreNormBlock'"),
+        ({"norm_class_name": "LayerNorm"}, "norm_class_name is 'LayerNorm'"),
+        ({"injection_type": "add"}, "injection_type is 'add'"),
+        ({"bias": True}, "bias is True"),
+        ({"n_heads": 0}, "n_heads is 0"),
+        ({"n_heads": 3}, "n_heads 3"),
+        ({"n_embd": "16"}, "'<' not supported"),
+        ({"vocab_size": None}, "'<' not supported"),
+        ({"n_layers_in_coda": -1}, "n_layers_in_coda is -1"),
+    ],
+)
+def test_a_config_of_something_else(saved, changes, words):
+    edit_json(saved / "config.json", **changes)
+    assert_refused(saved, str(saved / "config.json"), words)
+
+
+def test_no_weights(saved):
+    (saved / checkpoint.WEIGHTS).unlink()
+    assert_refused(saved, str(saved), checkpoint.WEIGHTS, checkpoint.INDEX, error=FileNotFoundError)
+
+
+class Poison:
+    """Unpickling it is the end of the test."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was opened",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth"])
+def test_a_pickle_is_named_and_never_opened(saved, name):
+    (saved / checkpoint.WEIGHTS).unlink()
+    (saved / name).write_bytes(pickle.dumps(Poison()))
+    assert_refused(saved, f"{name} is a pickle", error=FileNotFoundError)
+    (saved / name).rename(saved / checkpoint.WEIGHTS)
+    assert_refused(saved, checkpoint.WEIGHTS, "not a whole safetensors file")
+
+
+def test_no_module_can_open_a_pickle():
+    """Neither pickle nor what is made of it, under whatever name it is imported."""
+    files = sorted(Path(minirec.__file__).parent.glob("**/*.py"))
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            for name in names:
+                bad = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+                assert name.split(".")[0] not in bad, f"{path.name}: {name}"
+                assert name not in ("torch.load", "torch.save", "torch.hub", "numpy.load", "np.load"), (
+                    f"{path.name}: {name}"
+                )
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_a_file_that_was_cut_off(saved, keep):
+    path = saved / checkpoint.WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    assert_refused(saved, str(path), "not a whole safetensors file")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04" + bytes(200), bytes(64)])
+def test_a_file_of_another_kind(saved, content):
+    (saved / checkpoint.WEIGHTS).write_bytes(content)
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), "not a whole safetensors file")
+
+
+def test_a_folder_where_the_weights_should_be(saved):
+    (saved / checkpoint.WEIGHTS).unlink()
+    (saved / checkpoint.WEIGHTS).mkdir()
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), "not a whole safetensors file")
+
+
+def test_a_missing_tensor(saved):
+    edit_tensors(saved, **{NORM: None})
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), f"{NORM} is missing")
+
+
+def test_a_tensor_too_many(saved):
+    edit_tensors(saved, **{"transformer.extra.weight": torch.zeros(1)})
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), "transformer.extra.weight is not of this architecture")
+
+
+def test_a_tensor_of_another_shape(saved):
+    edit_tensors(saved, **{NORM: torch.zeros(17)})
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), NORM, "(17,)", "(16,)")
+
+
+def test_a_tensor_of_whole_numbers(saved):
+    edit_tensors(saved, **{NORM: torch.zeros(16, dtype=torch.int8)})
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), NORM, "int8")
+
+
+def test_a_missing_shard(shards):
+    gone = sorted(shards.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    assert_refused(shards, checkpoint.INDEX, gone.name, error=FileNotFoundError)
+
+
+def test_a_shard_that_was_cut_off(shards):
+    cut = sorted(shards.glob("model-*.safetensors"))[1]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert_refused(shards, str(cut), "not a whole safetensors file")
+
+
+@pytest.mark.parametrize("values", [{}, {"weight_map": None}, {"weight_map": []}])
+def test_an_index_without_a_weight_map(shards, values):
+    (shards / checkpoint.INDEX).write_text(json.dumps(values))
+    assert_refused(shards, checkpoint.INDEX, "no weight_map")
+
+
+def test_an_index_that_names_a_tensor_that_is_not_there(shards):
+    listed = json.loads((shards / checkpoint.INDEX).read_text())["weight_map"]
+    first, last = sorted(set(listed.values()))[0], sorted(set(listed.values()))[-1]
+    edit_json(shards / checkpoint.INDEX, weight_map=listed | {"transformer.extra.weight": first})
+    assert_refused(shards, checkpoint.INDEX, "transformer.extra.weight", first)
+    moved = next(tensor for tensor, file in listed.items() if file == first)
+    edit_json(shards / checkpoint.INDEX, weight_map=listed | {moved: last})
+    assert_refused(shards, checkpoint.INDEX, moved, last)
+
+
+def test_an_index_that_leaves_a_tensor_out(shards):
+    """The tensor is in no shard that the index names."""
+    listed = json.loads((shards / checkpoint.INDEX).read_text())["weight_map"]
+    last = sorted(set(listed.values()))[-1]
+    left = {tensor: file for tensor, file in listed.items() if file != last}
+    edit_json(shards / checkpoint.INDEX, weight_map=left)
+    assert_refused(shards, checkpoint.INDEX, "is missing")
+
+
+@pytest.mark.parametrize(
+    "where", ["../outside.safetensors", "deeper/inside.safetensors", "ABSOLUTE", "..", "", 3, None]
+)
+def test_an_index_that_points_out_of_the_folder(shards, where):
+    listed = json.loads((shards / checkpoint.INDEX).read_text())["weight_map"]
+    file = listed[WTE]
+    (shards / "deeper").mkdir()
+    for place in [shards.parent / "outside.safetensors", shards / "deeper" / "inside.safetensors"]:
+        shutil.copy(shards / file, place)
+    where = str(shards.parent / "outside.safetensors") if where == "ABSOLUTE" else where
+    changed = {tensor: where if f == file else f for tensor, f in listed.items()}
+    edit_json(shards / checkpoint.INDEX, weight_map=changed)
+    assert_refused(shards, checkpoint.INDEX, repr(where))
