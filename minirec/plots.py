@@ -47,31 +47,27 @@ def _deepest(generation) -> int:
     return max(max(step.depths) for step in generation.trace)
 
 
-def _draw_cells(ax: Axes, generation, prompt_length: int, tokenizer=None, steps: int | None = None) -> None:
-    """The first `steps` outer steps as coloured cells over hatched frozen tokens; words inside with a tokenizer."""
+def _draw_cells(ax: Axes, generation, prompt_length: int, steps: range, tokenizer=None) -> None:
+    """Some outer steps as coloured cells over hatched frozen tokens; words inside with a tokenizer."""
     cmap, norm = _depth_colours(_deepest(generation))
     new = generation.tokens
-    trace = generation.trace[:steps]
-    for y, step in enumerate(trace):
+    edge = []
+    for y in steps:
+        step = generation.trace[y]
         known = step.start - prompt_length + 1  # new tokens final before this step: cell 0 predicts the next
-        ax.barh(
-            y, known, height=1, left=0, color="#F1F1F1", hatch="///", edgecolor="#CFCFCF", linewidth=0, align="edge"
-        )
+        edge.append(known)
+        ax.barh(y, known, 1, align="edge", color="#F1F1F1", hatch="///", edgecolor="#CFCFCF", linewidth=0)
         for x, (depth, guess) in enumerate(zip(step.depths, step.guesses, strict=True), known):
             colour = cmap(norm(depth))
             ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4))
-            wrong = x < len(new) and guess != new[x]
+            where, size = (x + 0.5, y + 0.5), np.clip(220 / len(new), 3, 6)
             if tokenizer is not None:
-                ax.text(
-                    x + 0.5, y + 0.55, _word(tokenizer, guess), ha="center", va="center", fontsize=7, color=_ink(colour)
-                )
-            if wrong:
-                where = (x + 0.88, y + 0.22) if tokenizer is not None else (x + 0.5, y + 0.5)
-                size = 4.5 if tokenizer is not None else 3.2
+                ax.text(*where, _word(tokenizer, guess), ha="center", va="center", fontsize=7, color=_ink(colour))
+                where, size = (x + 0.88, y + 0.22), 5
+            if x < len(new) and guess != new[x]:
                 ax.plot(*where, "o", color=VERMILION, markeredgecolor="white", markeredgewidth=0.5, markersize=size)
     # the right edge of what is final, as one staircase
-    edge = [step.start - prompt_length + 1 for step in trace]
-    ax.step([*edge, edge[-1]], range(len(edge) + 1), where="pre", color="black", linewidth=1.3)
+    ax.step([*edge, edge[-1]], [*steps, steps.stop], where="pre", color="black", linewidth=1.3)
 
 
 def wavefront(generation, prompt_length: int, tokenizer=None, ax: Axes | None = None) -> Axes:
@@ -80,12 +76,13 @@ def wavefront(generation, prompt_length: int, tokenizer=None, ax: Axes | None = 
     generation: a Generation made with trace=True, for a prompt of `prompt_length` tokens.  A cell is drawn at the
     new token that it predicts; its colour is the recurrence steps its position has had.  Hatched tokens are frozen;
     a dot marks a guess that is not yet the final token.  With a tokenizer the tokens are written along the top, and
-    the first outer steps are drawn large, with the guesses as words.  Drawn for a width of 12 inches.
+    a few outer steps around the first corrected guess are drawn large, with the guesses as words.  Drawn for a width
+    of 12 inches.
     """
     deepest, new = _deepest(generation), generation.tokens
     if ax is None:
         _, ax = plt.subplots(figsize=(12, 6.6), layout="constrained")
-    _draw_cells(ax, generation, prompt_length)
+    _draw_cells(ax, generation, prompt_length, range(len(generation.trace)))
     ax.set(xlim=(0, len(new)), ylim=(len(generation.trace), 0))
     ax.set_xlabel("new token that the cell predicts (1 is the first after the prompt)")
     ax.set_ylabel("outer step (time runs downwards)")
@@ -123,15 +120,23 @@ def wavefront(generation, prompt_length: int, tokenizer=None, ax: Axes | None = 
 
     width = max(len(step.depths) for step in generation.trace)
     if tokenizer is not None and len(new) >= 30 and width <= 0.12 * len(new):  # else there is no room
+        first_cell = [step.start - prompt_length + 1 for step in generation.trace]
+        corrected = (
+            y
+            for y, step in enumerate(generation.trace)
+            if any(a != b for a, b in zip(step.guesses, new[first_cell[y] :], strict=False))
+        )
+        top = max(0, min(next(corrected, 0) - 3, len(generation.trace) - 9))
+        steps = range(top, min(top + 9, len(generation.trace)))
+        left, right = first_cell[top] - 1, max(first_cell[y] + len(generation.trace[y].depths) for y in steps)
         zoom = ax.inset_axes((0.56, 0.55, 0.43, 0.40))
-        steps = min(9, len(generation.trace))
-        _draw_cells(zoom, generation, prompt_length, tokenizer, steps)
-        last = max(s.start - prompt_length + 1 + len(s.depths) for s in generation.trace[:steps])
-        zoom.set(xlim=(0, last), ylim=(steps, 0), xticks=np.arange(last) + 0.5, yticks=np.arange(steps) + 0.5)
-        zoom.set_xticklabels(range(1, last + 1))
-        zoom.set_yticklabels(range(1, steps + 1))
+        _draw_cells(zoom, generation, prompt_length, steps, tokenizer)
+        zoom.set(xlim=(left, right), ylim=(steps.stop, top))
+        zoom.set_xticks(np.arange(left, right) + 0.5, range(left + 1, right + 1))
+        zoom.set_yticks(np.arange(top, steps.stop) + 0.5, range(top + 1, steps.stop + 1))
         zoom.tick_params(length=0, labelsize=7)
-        zoom.set_title(f"the first {steps} outer steps, with what every cell guesses", fontsize=9)
+        zoom.set_title("the boxed outer steps, with what every cell guesses", fontsize=9)
+        ax.add_patch(plt.Rectangle((left, top), right - left, len(steps), fill=False, linewidth=1, zorder=3))
     return ax
 
 
@@ -172,9 +177,10 @@ def wavefront_animation(generations: Mapping, prompt_length: int, tokenizer=None
     from PIL import Image  # comes with matplotlib
 
     width = frames - 3  # with one new position an outer step, the last frames are at the right edge
-    fig = Figure(figsize=(9, 1.9 * len(generations)), dpi=76, layout="constrained")
+    fig = Figure(figsize=(9, 1.9 * len(generations)), dpi=76)
     canvas = FigureCanvasAgg(fig)
     axes = fig.subplots(len(generations), squeeze=False)[:, 0]
+    fig.subplots_adjust(left=0.06, right=0.99, bottom=0.03, top=1 - 0.13 / len(generations), hspace=0.2)
     images = []
     for frame in range(frames + 1):
         for ax, (title, generation) in zip(axes, generations.items(), strict=True):
@@ -184,25 +190,27 @@ def wavefront_animation(generations: Mapping, prompt_length: int, tokenizer=None
             final = generation.trace[step - 1].frozen - prompt_length if step else 1
             ax.set_title(f"{title}: after {step} outer steps, {final} tokens are final", fontsize=9, loc="left")
         canvas.draw()
-        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(24))
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(48))
     gif = io.BytesIO()
     pauses = [350] * frames + [3000]  # milliseconds; the last frame stays
     images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0, optimize=True)
     return gif.getvalue()
 
 
-def settling(agreement: Sequence[float], movement: Sequence[float], ax: Axes | None = None) -> Axes:
-    """How soon guesses are right: the share that is already the final one, and how far the state still moves.
+def settling(unsettled: Sequence[float], movement: Sequence[float], ax: Axes | None = None) -> Axes:
+    """How soon guesses settle, and how soon states do, on a logarithmic axis.
 
-    agreement, movement: one number a recurrence step, from step 1 on; shares from 0 to 1, and |s_k - s_(k-1)| / |s_k|.
+    One number a recurrence step each, from step 1 on.  unsettled: share of guesses that are not yet the final one
+    (zeros are not drawn); movement: |s_k - s_(k-1)| / |s_k|.
     """
     if ax is None:
-        _, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    steps = range(1, len(agreement) + 1)
-    ax.plot(steps, agreement, "o-", color=BLUE, label="share of guesses that equal the one at the last step")
-    ax.plot(steps, movement, "s--", color=VERMILION, label="median relative movement of the state in this step")
-    ax.set(xlabel="recurrence step", xticks=steps, ylim=(-0.04, max(1.04, *movement) + 0.02))
-    ax.legend(frameon=False, loc="center right")
+        _, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    steps = range(1, len(movement) + 1)
+    shares = [share or np.nan for share in unsettled]
+    ax.semilogy(steps, movement, "s--", color=BLUE, label="median relative movement of the state in this step")
+    ax.semilogy(steps, shares, "o-", color=VERMILION, label="share of guesses that still change (0: not drawn)")
+    ax.set(xlabel="recurrence step", xticks=steps)
+    ax.legend(frameon=False, loc="upper right")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -236,32 +244,38 @@ def speed_accuracy(results: Mapping[str, tuple[float, float]], baseline: str) ->
 
 
 def knobs(results: Mapping[str, Sequence[tuple]], defaults: Mapping[str, object] | None = None) -> np.ndarray:
-    """What each setting costs and gives, one column a setting; returns the axes (2, number of settings).
+    """What each setting costs and gives, one column a setting; returns the axes (3, number of settings).
 
-    results: setting -> list of (value, passes per token, prelude-and-coda calls per token, share of texts equal to
-    autoregressive decoding, share of correct answers).  The value in `defaults` is marked.
+    results: setting -> list of (value, passes per token, prelude-and-coda calls per token, cells per token, share of
+    texts equal to autoregressive decoding, share of correct answers).  The value in `defaults` is marked.
     """
     fig, axes = plt.subplots(
-        2, len(results), figsize=(2.1 * len(results), 4.6), sharey="row", squeeze=False, layout="constrained"
+        3, len(results), figsize=(2.0 * len(results), 6), sharey="row", squeeze=False, layout="constrained"
     )
-    for (name, rows), (cost, quality) in zip(results.items(), axes.T, strict=True):
-        values, passes, decodes, same, correct = zip(*rows, strict=True)
+    for (name, rows), (cost, work, quality) in zip(results.items(), axes.T, strict=True):
+        values, passes, decodes, cells, same, correct = zip(*rows, strict=True)
         x = range(len(values))
         cost.plot(x, passes, "o-", color=BLUE, label="recurrent-block passes")
         cost.plot(x, decodes, "s--", color=GREEN, label="prelude and coda calls")
+        work.semilogy(x, cells, "o-", color="black")
         quality.plot(x, same, "o-", color=BLUE, label="same text as autoregressive")
         quality.plot(x, correct, "s--", color=VERMILION, label="correct answer")
-        for ax in (cost, quality):
+        for ax in (cost, work, quality):
             if defaults and defaults.get(name) in values:
                 ax.axvline(values.index(defaults[name]), color=GREY, linestyle=":", zorder=0)
             ax.set_xticks(x, [str(v) for v in values], fontsize=8)
-            ax.margins(x=0.12)
+            ax.margins(x=0.12, y=0.15)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
         cost.set_title(name, fontsize=10)
-    axes[0, 0].set(ylabel="per new token", ylim=(0, None))
-    axes[1, 0].set(ylabel="share of the problems", ylim=(-0.05, 1.05))
-    for row, where in ((axes[0], "upper center"), (axes[1], "lower center")):
+    axes[0, 0].set(ylabel="calls per token", ylim=(0, None))
+    axes[1, 0].set_ylabel("cells per token")
+    low, high = axes[1, 0].get_ylim()
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if low <= t <= high]
+    axes[1, 0].set_yticks(ticks, [str(t) for t in ticks])
+    axes[1, 0].minorticks_off()
+    axes[2, 0].set(ylabel="share of problems", ylim=(-0.05, 1.1))
+    for row, where in ((axes[0], "upper center"), (axes[2], "lower center")):
         fig.legend(*row[0].get_legend_handles_labels(), loc=f"outside {where}", ncols=2, frameon=False, fontsize=9)
     return axes
 

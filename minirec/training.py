@@ -39,14 +39,17 @@ POOL = 16  # batches drawn at once and sorted by length, so that a batch holds p
 
 @dataclass
 class TrainingConfig:
-    """How to train. `steps` are optimiser steps; `warmup` and `decay` are fractions of them."""
+    """How to train; the defaults are those of the shipped model.
 
-    steps: int = 20_000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
+    `steps` are optimiser steps; `warmup`, `decay` and `ramp` are fractions of them.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
     warmup: float = 0.02  # linear from zero
     decay: float = 0.4  # linear to zero, at the end
-    ramp: float = 0.0  # the mean depth grows from 1 to its full value over this fraction
+    ramp: float = 0.7  # the mean depth grows from 1 to its full value over this fraction
     weight_decay: float = 0.05
     gradient_clip: float = 1.0
     seed: int = 0

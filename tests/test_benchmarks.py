@@ -110,13 +110,13 @@ def test_profile_adds_up_and_finds_every_part(overhead, overhead_run):
         assert sum(parts[part] for part in named) == pytest.approx(parts["whole"])
 
 
-def steps_of(monkeypatch, generate) -> list[tuple[int, list[tuple]]]:
-    """Of each step, from one final token to the next: its first position, and the matrix products it ran."""
-    starts, calls, steps = [], [], []
+def steps_of(monkeypatch, generate) -> list[tuple[int, str, list[tuple]]]:
+    """Of each step, from one final token to the next: its first position, kind of cache, and matrix products."""
+    windows, calls, steps = [], [], []
     window, linear = Grid.window, F.linear
 
     def spy_window(grid, begin, width):
-        starts.extend(begin)
+        windows.append((*begin, grid.cache.kv))
         return window(grid, begin, width)
 
     def spy_linear(x, weight):
@@ -124,7 +124,7 @@ def steps_of(monkeypatch, generate) -> list[tuple[int, list[tuple]]]:
         return linear(x, weight)
 
     def on_token(token):
-        steps.append((starts[-1], calls.copy()))
+        steps.append((*windows[-1], calls.copy()))
         calls.clear()
 
     with monkeypatch.context() as patch:
@@ -135,24 +135,24 @@ def steps_of(monkeypatch, generate) -> list[tuple[int, list[tuple]]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "middle"),
+    ("name", "kv", "count", "middle"),
     [
-        ("token", 29, 46),
-        ("step 8", 21, None),
-        ("step 16", 13, None),
-        *((f"{kv} {position}", 16, position - 0.5) for kv in ("full", "shared") for position in (40, 400)),
+        ("token", "full", 29, 46),
+        ("step 8", "shared", 21, None),
+        ("step 16", "shared", 13, None),
+        *((f"{kv} {position}", kv, 16, position - 0.5) for kv in ("full", "shared") for position in (40, 400)),
     ],
 )
-def test_what_is_timed_is_a_step_and_exactly_its_matrix_products(name, count, middle, overhead, tiny, monkeypatch):
+def test_what_is_timed_is_a_step_and_exactly_its_matrix_products(name, kv, count, middle, overhead, tiny, monkeypatch):
     generate, products, steady = overhead.runs(tiny, tokens=30)[name]
     steps = steps_of(monkeypatch, generate)
     alone = [(tuple(x.shape), weight.data_ptr()) for x, weight in products]
     assert len(steps[steady]) == count
-    assert all(calls == alone for _, calls in steps[steady])
+    assert all(kind == kv and calls == alone for _, kind, calls in steps[steady])
     if middle is None:  # the steps next to the steady ones are of another kind: the ramps
-        assert steps[steady.start - 1][1] != alone and steps[steady.stop][1] != alone
+        assert steps[steady.start - 1][2] != alone and steps[steady.stop][2] != alone
     else:
-        positions = [start for start, _ in steps[steady]]
+        positions = [start for start, _, _ in steps[steady]]
         assert sum(positions) / count == middle
 
 

@@ -168,16 +168,23 @@ def test_saving_touches_no_file_of_someone_else(model, saved):
         assert (saved / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
-def test_a_save_that_is_cut_short_leaves_the_old_files_whole(small_model, saved, monkeypatch, error):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("where", ["writing", "moving"])
+def test_a_save_that_is_cut_short_leaves_the_old_files_whole(small_model, saved, monkeypatch, error, where):
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
 
     def half(tensors, path, **kwargs):
         Path(path).write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+    def not_moved(source, target):
+        raise error
+
+    if where == "writing":
+        monkeypatch.setattr(checkpoint, "save_file", half)
+    else:
+        monkeypatch.setattr(checkpoint.os, "replace", not_moved)
+    with pytest.raises(error):
         small_model(1, dtype=torch.float32).save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
@@ -250,6 +257,13 @@ def test_json_that_is_none(saved, file, text, words):
 def test_a_config_of_something_else(saved, changes, words):
     edit_json(saved / "config.json", **changes)
     assert_refused(saved, str(saved / "config.json"), words)
+
+
+def test_a_config_that_does_not_say_what_it_is_of(saved):
+    values = json.loads((saved / "config.json").read_text())
+    del values["model_type"]
+    (saved / "config.json").write_text(json.dumps(values))
+    assert_refused(saved, str(saved / "config.json"), "model_type is None")
 
 
 def test_no_weights(saved):

@@ -150,7 +150,9 @@ def test_exact_match_is_greedy_decoding():
 
 # --- killed and resumed -------------------------------------------------------------------------------------------
 
-RUN = dict(steps=12, batch_size=4, log_every=4, evaluate_every=8, evaluate_on=2, save_every=5, seed=3)
+RUN = dict(
+    steps=12, batch_size=4, learning_rate=1e-3, log_every=4, evaluate_every=8, evaluate_on=2, save_every=5, seed=3
+)
 
 
 def fresh_model(**sizes) -> RecurrentDepthLM:
