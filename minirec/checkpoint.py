@@ -121,6 +121,8 @@ def save(model: RecurrentDepthLM, folder: str | Path, *, max_shard_size: str = "
     _write_json(folder / "config.json", official_config(model.config, model.dtype))
     if model.generation_config:
         _write_json(folder / "generation_config.json", model.generation_config)
+    else:
+        (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def official_config(config: RecurrentConfig, dtype: torch.dtype) -> dict:

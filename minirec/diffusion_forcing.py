@@ -167,6 +167,8 @@ def generate(
 
 
 def _check(r, inner_steps, exit_threshold, schedule, freeze, headway, max_wavefront, noise, momentum) -> None:
+    if r < 1:
+        raise ValueError(f"num_steps is {r}; it must be at least 1")
     if not 1 <= inner_steps <= r:
         raise ValueError(f"inner_steps is {inner_steps}; it must be from 1 to num_steps, here {r}")
     if not exit_threshold >= 0:

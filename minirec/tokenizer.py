@@ -37,7 +37,7 @@ def task_tokenizer() -> Tokenizer:
             decoders.Fuse(),
             decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
             decoders.Replace(Regex(r" (?=[.,?])"), ""),
-            decoders.Strip(" ", 0, 1),
+            decoders.Replace(Regex(" $"), ""),
         ]
     )
     return tokenizer

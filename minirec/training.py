@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -63,8 +63,12 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_on", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+        for name in ("warmup", "decay", "ramp", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         self.families = tuple(self.families)
         for family in self.families:
             if family not in tasks.FAMILIES:
@@ -234,12 +238,16 @@ def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int
     path = folder / "state.safetensors"
     if not path.exists():
         return 0, [], []
-    with safe_open(path, "pt") as f:
-        run = f.metadata()
+    try:
+        state = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    with state as f:
+        run = f.metadata() or {}
         ours = {"training": json.dumps(asdict(config)), "model": json.dumps(model.config.to_dict())}
         for what, value in ours.items():
-            if run[what] != value:
-                raise ValueError(f"{path} is of another run: its {what} is {run[what]}, this one's is {value}")
+            if run.get(what) != value:
+                raise ValueError(f"{path} is of another run: its {what} is {run.get(what)}, this one's is {value}")
         step = int(run["step"])
         with torch.no_grad():
             for name, p in model.named_parameters():

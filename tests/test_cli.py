@@ -259,7 +259,9 @@ def test_train_passes_every_setting_on(minirec_, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append((model, config)) or interrupt())
     fields = dataclasses.fields(training.TrainingConfig)
-    changed = {f.name: f.default * 2 or 3 for f in fields if f.name != "families"}
+    changed = {
+        f.name: f.default / 2 if f.type == "float" else f.default * 2 or 3 for f in fields if f.name != "families"
+    }
     args = [x for name, value in changed.items() for x in ("--" + name.replace("_", "-"), value)]
     minirec_("train", "--out", tmp_path, "--preset", "small", "--families", "words", *args)
     ((model, config),) = seen

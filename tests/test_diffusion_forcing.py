@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minirec import autoregressive, diffusion_forcing
@@ -26,10 +26,10 @@ CACHES = {  # official name -> ours
 PROMPTS = st.lists(st.lists(st.integers(0, 22), min_size=1, max_size=7), min_size=1, max_size=3)
 POLICIES = st.sampled_from([{"kv": "full"}, {"kv": "shared"}, {"kv": "shared", "kv_slots": 2}])
 CHOICES = st.sampled_from([{}, {"temperature": 0.9}, {"temperature": 1.2, "top_k": 5}, {"repetition_penalty": 1.5}])
-SETTINGS = st.fixed_dictionaries(
+RULES = st.fixed_dictionaries(
     {
         "inner_steps": st.integers(1, 4),
-        "exit_threshold": st.sampled_from([0.0, 0.05, 0.3, 10.0]),
+        "exit_threshold": st.sampled_from([0.0, 0.05, 0.3, 1.1, 10.0]),
         "schedule": st.sampled_from(["adaptive", "adaptive", "fixed"]),
         "freeze": st.sampled_from(["prefix", "last"]),
         "headway": st.integers(1, 2),
@@ -39,6 +39,8 @@ SETTINGS = st.fixed_dictionaries(
         "init_scale": st.sampled_from([0.0, 1.0]),
     }
 )
+ODD = {"inner_steps": 1, "exit_threshold": 1.1, "init_scale": 0.0}
+LAST = {"freeze": "last", "max_wavefront": 3}
 
 
 # --- the official sampler, replayed -------------------------------------------------------------------------------
@@ -171,13 +173,17 @@ def test_a_fixed_schedule_at_full_depth_is_autoregressive(small_model, prompts, 
 # --- a batch ------------------------------------------------------------------------------------------------------
 
 
-@given(PROMPTS, st.integers(0, 3), SETTINGS, POLICIES, CHOICES, st.integers(0, 22))
-def test_a_row_of_a_batch_gets_the_tokens_it_gets_alone(small_model, prompts, seed, settings, policy, choice, stop):
+# rows of unequal widths, where what lies beyond the narrower one's last open position happens to look settled
+@example([[5, 17, 22], [5, 5], [20, 21]], 0, ODD | {"inner_steps": 2, "headway": 2}, {"kv": "shared"}, {}, 7)
+@example([[8], [12, 12], [20, 20, 21, 12]], 0, ODD | LAST | {"init_scale": 1.0}, {"kv": "shared"}, {}, 0)
+@settings(max_examples=80)
+@given(PROMPTS, st.integers(0, 3), RULES, POLICIES, CHOICES, st.integers(0, 22))
+def test_a_row_of_a_batch_gets_the_tokens_it_gets_alone(small_model, prompts, seed, rules, policy, choice, stop):
     model, seeds = small_model(seed), list(range(7, 7 + len(prompts)))
-    options = settings | policy | choice | {"stop_tokens": [stop], "trace": True}
-    together = diffusion_forcing.generate(model, prompts, 6, seed=seeds, **options)
+    options = rules | policy | choice | {"stop_tokens": [stop], "trace": True}
+    together = diffusion_forcing.generate(model, prompts, 8, seed=seeds, **options)
     for prompt, own, row in zip(prompts, seeds, together, strict=True):
-        alone = diffusion_forcing.generate(model, prompt, 6, seed=own, **options)
+        alone = diffusion_forcing.generate(model, prompt, 8, seed=own, **options)
         assert (row.tokens, row.depth, row.passes) == (alone.tokens, alone.depth, alone.passes)
         assert row.trace == alone.trace
 
@@ -185,17 +191,17 @@ def test_a_row_of_a_batch_gets_the_tokens_it_gets_alone(small_model, prompts, se
 # --- what every generation promises -------------------------------------------------------------------------------
 
 
-@given(PROMPTS, st.integers(0, 3), SETTINGS, POLICIES, st.sets(st.integers(0, 22), max_size=2), st.integers(1, 9))
-def test_frozen_tokens_stand_and_the_counts_are_right(small_model, prompts, seed, settings, policy, stop, limit):
+@given(PROMPTS, st.integers(0, 3), RULES, POLICIES, st.sets(st.integers(0, 22), max_size=2), st.integers(1, 9))
+def test_frozen_tokens_stand_and_the_counts_are_right(small_model, prompts, seed, rules, policy, stop, limit):
     model, prompt, streamed = small_model(seed), prompts[0], []
     gen = diffusion_forcing.generate(
-        model, prompt, limit, stop_tokens=stop, trace=True, on_token=streamed.append, **settings, **policy
+        model, prompt, limit, stop_tokens=stop, trace=True, on_token=streamed.append, **rules, **policy
     )
     assert streamed == gen.tokens
     assert 1 <= len(gen.tokens) <= limit
     assert not stop & set(gen.tokens[:-1]), "nothing comes after a stop token"
     assert len(gen.tokens) == limit or gen.tokens[-1] in stop
-    inner, num_steps = settings["inner_steps"], model.config.mean_recurrence
+    inner, num_steps = rules["inner_steps"], model.config.mean_recurrence
     assert len(gen.depth) == len(gen.tokens)
     assert gen.depth[0] == num_steps and all(d > 0 and d % inner == 0 for d in gen.depth[1:])
     assert gen.passes == num_steps + inner * len(gen.trace)
@@ -206,7 +212,7 @@ def test_frozen_tokens_stand_and_the_counts_are_right(small_model, prompts, seed
     ran = {}  # recurrence steps per position
     for step in gen.trace:
         assert step.start == frozen - 1, "the window starts at the last frozen position"
-        assert len(step.depths) == len(step.guesses) <= settings["max_wavefront"]
+        assert len(step.depths) == len(step.guesses) <= rules["max_wavefront"]
         for cell, depth in enumerate(step.depths, step.start):
             assert depth == ran.get(cell, 0) + inner
             ran[cell] = depth
@@ -216,6 +222,17 @@ def test_frozen_tokens_stand_and_the_counts_are_right(small_model, prompts, seed
         assert gen.depth[frozen - len(prompt) : step.frozen - len(prompt)] == step.depths[: len(newly)]
         frozen = step.frozen
     assert frozen == len(sequence)
+
+
+@given(PROMPTS, st.integers(0, 3), RULES, POLICIES, st.integers(0, 7))
+def test_a_stop_token_cuts_the_run_and_changes_nothing_before_it(small_model, prompts, seed, rules, policy, index):
+    """Also in the middle of several tokens that freeze in one outer step."""
+    model, prompt = small_model(seed), prompts[0]
+    free = diffusion_forcing.generate(model, prompt, 8, **rules, **policy)
+    stop = free.tokens[index]
+    gen = diffusion_forcing.generate(model, prompt, 8, stop_tokens=[stop], **rules, **policy)
+    n = free.tokens.index(stop) + 1
+    assert (gen.tokens, gen.depth) == (free.tokens[:n], free.depth[:n])
 
 
 def test_false_from_on_token_ends_it(small_model):
@@ -315,6 +332,22 @@ def test_a_position_settles_when_its_state_moved_less_than_the_threshold(small_m
             break
     assert gen.depth == [12, depth]
     assert gen.tokens[1] == grid.decode(s, at).argmax()
+
+
+def test_positions_that_stopped_early_stand_in_for_the_steps_they_never_ran(small_model, monkeypatch):
+    model = small_model(1)
+    run = dict(inner_steps=1, exit_threshold=0.5, kv="full", num_steps=6)
+    gens = diffusion_forcing.generate(model, [[3, 1, 4], [5]], 10, **run)
+    monkeypatch.setattr(Grid, "results", lambda grid: grid)
+    core = diffusion_forcing.generate(model, [[3, 1, 4], [5]], 10, **run).cache.parts["core"]
+    early = 0
+    for row, (gen, length) in enumerate(zip(gens, (3, 1), strict=True)):
+        for position, depth in enumerate(gen.depth[1:], length):  # the position that predicted each token
+            keys_and_values = core[:, :, :, row, :, position]  # (2, layers, slots, H, c)
+            for slot in range(depth, 6):
+                assert torch.equal(keys_and_values[:, :, slot], keys_and_values[:, :, depth - 1])
+                early += 1
+    assert early > 10 and len({depth for gen in gens for depth in gen.depth}) > 2
 
 
 @pytest.fixture

@@ -42,10 +42,14 @@ def test_no_problem_is_in_both_splits(drawn):
     assert not train & heldout
 
 
-def test_a_text_belongs_to_one_split_whatever_the_seed(monkeypatch):
-    """Splits share no text by construction, not by luck: with 200 stories in all, none is ever seen on both sides."""
+@pytest.fixture
+def few_stories(monkeypatch):
+    """A world of 200 stories: what is kept apart by luck alone meets there."""
     pool = [tasks._word_problem(random.Random(i), 2) for i in range(200)]
     monkeypatch.setattr(tasks, "_word_problem", lambda rng, level: rng.choice(pool))
+
+
+def test_a_text_belongs_to_one_split_whatever_the_seed(few_stories):
     seen = {"train": set(), "heldout": set()}
     for split, texts in seen.items():
         for seed in range(10):
@@ -74,8 +78,13 @@ def test_streams_do_not_disturb_each_other():
     assert [p.text for p, _ in islice(zip(a, b, strict=False), 20)] == alone
 
 
+def test_no_heldout_problem_is_given_twice(few_stories):
+    problems = [p.text for p in tasks.heldout(10, seed=1)]
+    assert len(set(problems)) == 10
+
+
 @pytest.mark.parametrize("level", [None, *LEVELS])
-def test_heldout_problems_are_all_different(level):
+def test_heldout_problems_follow_seed_and_level(level):
     problems = tasks.heldout(300, seed=2, level=level)
     assert len(problems) == len({p.text for p in problems}) == 300
     assert problems[:100] == tasks.heldout(100, seed=2, level=level)
