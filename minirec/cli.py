@@ -113,7 +113,7 @@ def demo(args: argparse.Namespace) -> None:
     print(f"""
 What to look at next
   {args.out}: the wavefront of problem 1, how many positions were in flight and when each one froze
-  minirec demo --exit-threshold 0.3        freeze sooner: faster, until the answers go wrong
+  minirec demo --exit-threshold 1          freeze sooner: faster, until the answers go wrong
   minirec generate --help                  your own problem, in the words of the shipped model
   notebooks/00_start_here.ipynb            the ideas, built step by step""")
 
@@ -197,7 +197,7 @@ def train(args: argparse.Namespace) -> None:
     model = RecurrentDepthLM(shape).to(args.device)
     model.generation_config = {
         "eos_token_id": [END],
-        "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.03},
+        "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.2},
     }
     try:
         log = training.train(model, config, args.out)
@@ -337,6 +337,7 @@ DEMO = [
     ("--problems", _whole(1), 20, "how many problems"),
     ("--seed", _whole(0), 0, "which problems"),
     ("--out", Path, Path("wavefront.png"), "where the picture of a wavefront goes"),
+    ("--threads", _whole(1), 1, "CPU threads; the shipped model is too small to share"),
 ]
 GENERATE = [
     ("--sampler", list(SAMPLERS), "diffusion", "how to decode"),
@@ -387,7 +388,7 @@ def parser() -> argparse.ArgumentParser:
 
     command(
         demo, "solve held-out problems autoregressively and by diffusion forcing, side by side",
-        "demo --problems 50 --threads 1", [MODEL, *DEMO, *DEPTH, THREADS],
+        "demo --problems 50 --exit-threshold 1", [MODEL, *DEMO, *DEPTH],
     )  # fmt: skip
     p = command(
         generate, "continue a prompt; the text appears as its tokens freeze",

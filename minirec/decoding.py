@@ -84,6 +84,8 @@ class Options:
 
 def as_rows(prompt) -> tuple[list[list[int]], bool]:
     """A prompt or a batch of prompts as lists of ids, and whether it was a single one."""
+    if not hasattr(prompt, "__len__"):
+        raise ValueError(f"prompt is {prompt!r}; it must be token ids, or a batch of such")
     rows = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # tensors and arrays
     rows = [r.tolist() if hasattr(r, "tolist") else r for r in rows]
     single = not rows or not hasattr(rows[0], "__len__")
@@ -110,12 +112,11 @@ class Grid:
         config, o = model.config, Options(**options)
         prompts, self.single = as_rows(prompt)
         num_steps = config.mean_recurrence if num_steps is None else num_steps
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        if not o.init_scale >= 0:
-            raise ValueError(f"init_scale is {o.init_scale}; it must be 0 or above")
+        for name, value in (("num_steps", num_steps), ("max_new_tokens", max_new_tokens)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if not 0 <= o.init_scale < math.inf:
+            raise ValueError(f"init_scale is {o.init_scale}; it must be 0 or above, and finite")
         if not prompts:
             raise ValueError("prompt is empty; it must hold at least one token")
         for ids in prompts:
@@ -138,7 +139,7 @@ class Grid:
         self.model, self.options = model, o
         self.choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
         self.num_steps, self.max_new_tokens = num_steps, max_new_tokens
-        self.stop_tokens = set(stop_tokens(model) if o.stop_tokens is None else o.stop_tokens)
+        self.stop_tokens = stop_tokens(model) if o.stop_tokens is None else set(o.stop_tokens)
         self.lengths = [len(ids) for ids in prompts]
         length = max(self.lengths) + max_new_tokens + (spare if len(prompts) > 1 else 0)
         device = model.device
@@ -285,7 +286,7 @@ class Grid:
         return self.generations[0] if self.single else self.generations
 
 
-def stop_tokens(model: RecurrentDepthLM) -> list[int]:
+def stop_tokens(model: RecurrentDepthLM) -> set[int]:
     """The ids that end a generation: the checkpoint's generation config's, else the config's eos_token_id."""
     ids = model.generation_config.get("eos_token_id", model.config.eos_token_id)
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

@@ -46,7 +46,6 @@ Notebook: 06_diffusion_forcing.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,11 +60,11 @@ def blend(e: Tensor, previous: Tensor, momentum: Tensor) -> Tensor:
     return e.lerp(previous, momentum[..., None])
 
 
-def leading(settled: np.ndarray, freeze: str) -> np.ndarray:
-    """How many cells of each row freeze, by the prefix or the last rule: settled (B, W) bool -> (B,) int."""
+def leading(settled: list[bool], freeze: str) -> int:
+    """How many cells of a window freeze, by the prefix or the last rule."""
     if freeze == "prefix":
-        return np.logical_and.accumulate(settled, axis=1).sum(axis=1)
-    return (settled * np.arange(1, settled.shape[1] + 1)).max(axis=1)
+        return (settled + [False]).index(False)
+    return max((i for i, yes in enumerate(settled, 1) if yes), default=0)
 
 
 @torch.inference_mode()
@@ -95,81 +94,84 @@ def generate(
     a list of them for a batch, each row's independent of the others.  A bad argument is a ValueError.
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
-    inner = settings["inner_steps"] if inner_steps is None else inner_steps
-    threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
     r = model.config.mean_recurrence if num_steps is None else num_steps
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"num_steps is {r!r}; it must be a whole number, at least 1")
+    inner = min(settings["inner_steps"], r) if inner_steps is None else inner_steps
+    threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
     _check(r, inner, threshold, schedule, freeze, headway, max_wavefront, noise, momentum)
     grid = Grid(model, prompt, max_new_tokens, r, spare=min(max_wavefront, max_new_tokens), kv=kv, **options)
-    rows = range(len(grid.lengths))
-    embedding = torch.zeros_like(grid.state)  # (B, L, d): e of the last outer step
-    # the book-keeping is on the host: (B, L) each, at the columns of the grid
-    steps = np.zeros(grid.tokens.shape, dtype=int)  # recurrence steps that each position has run
-    age = np.zeros_like(steps)  # how many of them since its token last changed
+    embedding, eta = torch.zeros_like(grid.state), torch.zeros_like(grid.state[..., 0])  # (B, L, d), (B, L)
     grid.prefill()  # at full depth, as in autoregressive decoding
-    tokens = grid.tokens.numpy(force=True).copy()  # the token it ran on
     last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
-    widths = [1] * len(rows)
+    # the cells of each row's window: the token they run on, the steps they ran, and how many of them on that token
+    rows = range(len(grid.lengths))
+    tokens = [[g.tokens[0]] for g in grid.generations]
+    depths, ages = [[0] for _ in rows], [[0] for _ in rows]
     outer_step = 0
     while not all(grid.finished):
         outer_step += 1
-        starts = [grid.next_position(row) for row in rows]
+        starts, widths = [grid.next_position(row) for row in rows], [len(cells) for cells in depths]
         at = grid.window(starts, max(widths))
-        column = np.array(starts)[:, None] + np.arange(at.width)  # (B, W): the window's positions
-        cells = (np.arange(len(rows))[:, None], column)
-        # a row narrower than the widest has cells that are not open yet: they leave no trace
-        uneven = min(widths) < at.width
-        is_open = column < column[:, :1] + np.array(widths)[:, None]  # (B, W)
-        depth, since = steps[cells], age[cells]
-        device_depth = torch.from_numpy(depth).to(model.device)
+        depth = 0  # only noise and a cache with several slots look at it: int64 (B, W) then
+        if noise or grid.cache.slots > 1:
+            depth = torch.tensor([cells + [0] * (at.width - len(cells)) for cells in depths], device=model.device)
 
         before = at.read(grid.state)  # (B, W, d)
         e, s = grid.embed(at), before
-        if momentum:  # a position that is new has no embedding to blend with
-            eta = torch.from_numpy(np.where(depth > 0, momentum, 0.0)).to(s)
-            e = blend(e, at.read(embedding), eta)
+        if momentum:  # eta is still 0 at a position that is new: it has no embedding to blend with
+            e = blend(e, at.read(embedding), at.read(eta))
             at.write(embedding, e)
+            at.write(eta, momentum)
         if noise:
             fresh = model.initial_state(at.positions, grid.seed + (outer_step << 32), grid.options.init_scale)
-            s = s.lerp(fresh, (noise / (1 + device_depth))[..., None].to(s))  # less for deeper positions
+            s = s.lerp(fresh, (noise / (1 + depth))[..., None].to(s))  # less for deeper positions
         for inner_step in range(inner):
-            s = grid.recur(s, e, at, device_depth + inner_step)
+            s = grid.recur(s, e, at, depth + inner_step)
         guesses = grid.choose(grid.decode(s, at), at.positions)  # (B, W): the token after each position
         moved = torch.linalg.vector_norm(s - before, dim=-1) / torch.linalg.vector_norm(s, dim=-1)  # (B, W)
-        if uneven:
-            keep = torch.from_numpy(is_open).to(model.device)
-            s, guesses = torch.where(keep[..., None], s, before), torch.where(keep, guesses, grid.filler)
+        if min(widths) < at.width:  # a narrower row has cells that are not open yet: they leave no trace
+            is_open = torch.arange(at.width, device=model.device) < torch.tensor(widths, device=model.device)[:, None]
+            s, guesses = torch.where(is_open[..., None], s, before), torch.where(is_open, guesses, grid.filler)
+            at.write(eta, at.read(eta) * is_open)
         at.write(grid.state, s)
         at.write(grid.tokens[:, 1:], guesses)
-        # the one synchronisation of the outer step: (B, W) each
-        guessed, calm = torch.stack([guesses, moved < threshold]).numpy(force=True)
 
-        depth, since = depth + inner, since + inner
-        same = np.ones_like(is_open)  # did the position keep its token in this step?
-        same[:, 1:] = guessed[:, :-1] == tokens[cells][:, 1:]
-        if schedule == "fixed":
-            settled = depth >= r
-        else:
-            settled = (calm > 0) | (since >= r)
-            settled = settled & same if freeze == "prefix" else settled
-        steps[cells], age[cells] = depth * is_open, since * (same & is_open)
-        tokens[cells[0], column + 1] = guessed
-        for row, n in enumerate(leading(settled & is_open, freeze).tolist()):
+        # the one synchronisation of the outer step; what freezes is then decided on the host
+        for row, (guessed, calm) in enumerate(torch.stack([guesses, moved < threshold], dim=1).tolist()):
             if grid.finished[row]:
                 continue
-            width, depths = widths[row], depth[row, : widths[row]].tolist()
-            for token, deep in zip(guessed[row, :n].tolist(), depths, strict=False):
+            width = widths[row]
+            guessed, ran = guessed[:width], [d + inner for d in depths[row]]
+            # did the position keep its token in this step?
+            same = [True] + [g == token for g, token in zip(guessed[:-1], tokens[row][1:], strict=True)]
+            since = [age + inner for age in ages[row]]
+            if schedule == "fixed":
+                settled = [d >= r for d in ran]
+            else:
+                settled = [bool(c) or age >= r for c, age in zip(calm[:width], since, strict=True)]
+                if freeze == "prefix":
+                    settled = [yes and kept for yes, kept in zip(settled, same, strict=True)]
+            n = leading(settled, freeze)
+            for token, d in zip(guessed[:n], ran[:n], strict=True):
                 if not grid.finished[row]:
-                    grid.commit(row, token, deep)
-            grid.cache.copy_deeper(row, starts[row], depths[:n])
-            grid.record(row, starts[row], depths, guessed[row, :width].tolist())
-            widths[row] = max(1, min(width - n + headway, max_wavefront, last[row] - grid.next_position(row) + 1))
+                    grid.commit(row, token, d)
+            grid.cache.copy_deeper(row, starts[row], ran[:n])
+            grid.record(row, starts[row], ran, guessed)
+            # the next window: without what froze, and with headway new positions on the right
+            width = max(1, min(width - n + headway, max_wavefront, last[row] - grid.next_position(row) + 1))
+            since = [age if kept else 0 for age, kept in zip(since, same, strict=True)]
+            tokens[row] = (tokens[row][:1] + guessed + [grid.filler] * headway)[n : n + width]
+            depths[row] = (ran + [0] * headway)[n : n + width]
+            ages[row] = (since + [0] * headway)[n : n + width]
     return grid.results()
 
 
 def _check(r, inner_steps, exit_threshold, schedule, freeze, headway, max_wavefront, noise, momentum) -> None:
-    if r < 1:
-        raise ValueError(f"num_steps is {r}; it must be at least 1")
-    if not 1 <= inner_steps <= r:
+    for name, value in (("headway", headway), ("max_wavefront", max_wavefront)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+    if not isinstance(inner_steps, int) or not 1 <= inner_steps <= r:
         raise ValueError(f"inner_steps is {inner_steps}; it must be from 1 to num_steps, here {r}")
     if not exit_threshold >= 0:
         raise ValueError(f"exit_threshold is {exit_threshold}; it must be 0 or above")
@@ -177,9 +179,6 @@ def _check(r, inner_steps, exit_threshold, schedule, freeze, headway, max_wavefr
         raise ValueError(f"schedule is {schedule!r}; it must be 'adaptive' or 'fixed'")
     if freeze not in ("prefix", "last"):
         raise ValueError(f"freeze is {freeze!r}; it must be 'prefix' or 'last'")
-    for name, value in (("headway", headway), ("max_wavefront", max_wavefront)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     for name, value in (("noise", noise), ("momentum", momentum)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; it must be from 0 to below 1")

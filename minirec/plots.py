@@ -258,8 +258,8 @@ def knobs(results: Mapping[str, Sequence[tuple]], defaults: Mapping[str, object]
         cost.plot(x, passes, "o-", color=BLUE, label="recurrent-block passes")
         cost.plot(x, decodes, "s--", color=GREEN, label="prelude and coda calls")
         work.semilogy(x, cells, "o-", color="black")
-        quality.plot(x, same, "o-", color=BLUE, label="same text as autoregressive")
-        quality.plot(x, correct, "s--", color=VERMILION, label="correct answer")
+        quality.plot(x, same, "o-", color=BLUE, markersize=10, label="same text as autoregressive")
+        quality.plot(x, correct, "s--", color=VERMILION, markersize=5, label="correct answer")
         for ax in (cost, work, quality):
             if defaults and defaults.get(name) in values:
                 ax.axvline(values.index(defaults[name]), color=GREY, linestyle=":", zorder=0)

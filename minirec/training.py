@@ -253,7 +253,7 @@ def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int
             for name, p in model.named_parameters():
                 p.copy_(f.get_tensor(f"weight.{name}"))
                 optimizer.state[p] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=p.device),
                     "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),
                     "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p.device),
                 }
