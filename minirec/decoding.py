@@ -161,20 +161,24 @@ class Grid:
 
     def _look_up(self, model: RecurrentDepthLM) -> None:
         """Keep every weight at hand, so that a step touches tensors only."""
+        d, eps = model.config.n_embd, model.config.norm_eps
+        small_kernels = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
+        self.floor = torch.tensor(math.sqrt(d * eps), dtype=model.dtype) if small_kernels else None
+
+        def scale(norm) -> Tensor:
+            return norm.weight * math.sqrt(d) if small_kernels else norm.weight
 
         def weights(b) -> tuple:
             qk_bias = None if b.attn.qk_bias is None else b.attn.qk_bias.squeeze(1)  # (2, H, c)
-            attention = (b.norm_1.weight, b.attn.Wqkv.weight, qk_bias, b.attn.proj.weight, b.norm_2.weight)
-            return (*attention, b.norm_3.weight, b.mlp.fc.weight, b.mlp.proj.weight, b.norm_4.weight)
+            attention = (scale(b.norm_1), b.attn.Wqkv.weight, qk_bias, b.attn.proj.weight, scale(b.norm_2))
+            return (*attention, scale(b.norm_3), b.mlp.fc.weight, b.mlp.proj.weight, scale(b.norm_4))
 
         parts = model.transformer
         self.prelude, self.core, self.coda = (
             [weights(b) for b in blocks] for blocks in (parts.prelude, parts.core_block, parts.coda)
         )
-        self.embedding, self.adapter, self.ln_f = parts.wte.weight, parts.adapter.weight, parts.ln_f.weight
+        self.embedding, self.adapter, self.ln_f = parts.wte.weight, parts.adapter.weight, scale(parts.ln_f)
         self.head, self.n_heads = model.lm_head.weight, model.config.n_heads
-        plain = model.device.type != "cpu" or model.dtype not in (torch.float32, torch.float64)
-        self.eps = None if plain else torch.tensor(model.config.norm_eps, dtype=model.dtype)
 
     def window(self, starts: list[int], width: int) -> Window:
         """Positions starts[b] .. starts[b] + width - 1 of every row b."""
@@ -227,12 +231,15 @@ class Grid:
         return self.norm(F.linear(F.silu(gate).mul_(value), proj).add_(x), norm_4)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm, (..., d) -> (..., d); in float32 on a CPU four small kernels are faster than PyTorch's own."""
-        if self.eps is None:
+        """RMSNorm, (..., d) -> (..., d).
+
+        In float32 on a CPU, four small kernels are faster than PyTorch's own: with |x| the length of x,
+        x / sqrt(|x|^2 / d + eps) = sqrt(d) x / hypot(|x|, sqrt(d eps)), and sqrt(d) is in `weight` already.
+        """
+        if self.floor is None:
             return F.rms_norm(x, weight.shape, weight, self.model.config.norm_eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()  # 1 / rms
-        return (x * scale).mul_(weight)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)  # (..., 1)
+        return torch.div(x, length).mul_(weight)
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The token that follows each of positions (B or 1, W): (B, W) int64."""
