@@ -218,8 +218,8 @@ class Grid:
     def block(self, weights: tuple, x: Tensor, at: Window, part: str, layer: int, slot: int | Tensor) -> Tensor:
         """`SandwichBlock` over a window with stored keys and values: (B, W, d) -> (B, W, d).
 
-        The same arithmetic as the module, laid flat: at batch 1 on a CPU, looking up submodules and calling them
-        took as long as the matrix products (benchmarks/overhead.py).
+        The same arithmetic as the module, laid flat: at batch 1 on a CPU the time beside the matrix products goes
+        into many small calls (benchmarks/overhead.py), so nothing is looked up or called that need not be.
         """
         norm_1, qkv, qk_bias, out, norm_2, norm_3, fc, proj, norm_4 = weights
         qkv = F.linear(self.norm(x, norm_1), qkv).view(*x.shape[:2], 3, self.n_heads, -1)  # (B, W, 3, H, c)
@@ -268,11 +268,8 @@ class Grid:
         generation = self.generations[row]
         generation.tokens.append(token)
         generation.depth.append(depth)
-        generation.passes, generation.row_steps, generation.decodes = (
-            self.passes,
-            self.row_steps,
-            self.decodes,
-        )
+        generation.passes, generation.decodes = self.passes, self.decodes
+        generation.row_steps = self.row_steps
         self.finished[row] = token in self.stop_tokens or len(generation.tokens) == self.max_new_tokens
         if self.options.on_token is not None:
             go_on = self.options.on_token(token) if self.single else self.options.on_token(token, row)

@@ -32,7 +32,7 @@ NOT guaranteed that the tokens are those of autoregressive decoding: a position 
 that moves later, by less than epsilon at a time.
 
 **Where this differs from the official code** (seal-rg/recurrent-pretraining, 59e0b69; measured on its test
-model, see tests/golden/README.md).  Theirs compares a state with that of a neighbour on the step after every
+model, see tests/golden/QUIRKS.md).  Theirs compares a state with that of a neighbour on the step after every
 advance, so nothing froze on any of the 60 such steps in three runs, where the aligned comparison froze on 29;
 ours compares each state with its own.  Theirs freezes the token at a position, ours the token the position
 predicts, one outer step sooner: the fixed schedule at r = r' is then exactly autoregressive, and a wavefront of 1
