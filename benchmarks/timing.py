@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minirec.cli import cpu_name
+
 
 def machine() -> dict:
     """CPU name, cores, load and threads: what a time is worth nothing without."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

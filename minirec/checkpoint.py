@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -45,6 +47,9 @@ STATED = {
     "state_init": "like-init",
     "init_strategy": "takase",
     "sampling_scheme": "poisson-lognormal-filling",
+    "init_orthogonal": False,
+    "activation_checkpoint_impl": "per-iteration",
+    "padding_multiple": 64,
 }
 
 
@@ -70,20 +75,17 @@ def load(
     where = _shards(folder, expected, ignored={"freqs_cis"} | ({"lm_head.weight"} if config.tie_embeddings else set()))
     tensors = {}
     for file in sorted(set(where.values())):
-        try:
-            with safe_open(file, "pt") as f:
-                for tensor in (t for t, path in where.items() if path == file):
-                    shape = tuple(f.get_slice(tensor).get_shape())
-                    if shape != expected[tensor]:
-                        raise ValueError(
-                            f"{file}: tensor {tensor} has shape {shape}; config.json asks for {expected[tensor]}"
-                        )
-                    value = f.get_tensor(tensor)
-                    if not value.is_floating_point():
-                        raise ValueError(f"{file}: tensor {tensor} is {value.dtype}; minirec needs floating point")
-                    tensors[tensor] = value.to(device=device, dtype=dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        with opened(file) as f:
+            for tensor in (t for t, path in where.items() if path == file):
+                shape = tuple(f.get_slice(tensor).get_shape())
+                if shape != expected[tensor]:
+                    raise ValueError(
+                        f"{file}: tensor {tensor} has shape {shape}; config.json asks for {expected[tensor]}"
+                    )
+                value = f.get_tensor(tensor)
+                if not value.is_floating_point():
+                    raise ValueError(f"{file}: tensor {tensor} is {value.dtype}; minirec needs floating point")
+                tensors[tensor] = value.to(device=device, dtype=dtype)
     for tensor, value in tensors.items():
         module, _, leaf = tensor.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(value))
@@ -213,11 +215,8 @@ def _shards(folder: Path, expected: dict, ignored: set[str]) -> dict[str, Path]:
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{index} names {file.name}, which is not in {folder}")
-        try:
-            with safe_open(file, "pt") as f:
-                where |= dict.fromkeys(f.keys(), file)
-        except (SafetensorError, OSError) as error:  # an OSError of safetensors does not name the file
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        with opened(file) as f:
+            where |= dict.fromkeys(f.keys(), file)
     if index.exists():
         for tensor, file in listed.items():
             if where.get(tensor) != folder / file:
@@ -228,6 +227,16 @@ def _shards(folder: Path, expected: dict, ignored: set[str]) -> dict[str, Path]:
     if extra := sorted(where.keys() - expected.keys() - ignored):
         raise ValueError(f"{named}: tensor {extra[0]} is not of this architecture ({len(extra)} are not)")
     return {tensor: where[tensor] for tensor in expected}
+
+
+@contextmanager
+def opened(file: Path) -> Iterator:
+    """A safetensors file to read from; one that is broken or foreign is a ValueError that names it."""
+    try:
+        with safe_open(file, "pt") as f:
+            yield f
+    except (SafetensorError, OSError) as error:  # an OSError of safetensors does not name the file
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
 
 
 def _read_json(path: Path) -> dict:

@@ -84,7 +84,7 @@ def demo(args: argparse.Namespace) -> None:
         return SAMPLERS[sampler](model, problem.prompt, room, **columns[sampler], **options)
 
     threads, r = torch.get_num_threads(), depth.get("num_steps", model.config.mean_recurrence)
-    print(f"minirec {minirec.__version__}, torch {torch.__version__}, {_cpu()}, {threads} thread(s)")
+    print(f"minirec {minirec.__version__}, torch {torch.__version__}, {cpu_name()}, {threads} thread(s)")
     print(f"model {args.model}: {_parameters(model):,} parameters, {r} recurrence steps deep\n")
     for number, problem in enumerate(problems[:2], 1):
         print(f"Problem {number}: {problem.text}")
@@ -290,7 +290,8 @@ def _size(n: float) -> str:
     return f"{n:.2f} GiB"
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """What the machine calls its processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

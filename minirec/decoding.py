@@ -92,6 +92,13 @@ def as_rows(prompt) -> tuple[list[list[int]], bool]:
     return [rows] if single else [list(r) for r in rows], single
 
 
+def check_counts(**counts: int) -> None:
+    """A ValueError that names the first of these that is not a whole number of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+
+
 class Grid:
     """B sequences x L positions: tokens, states, depths, cache; and the four operations that advance a window.
 
@@ -112,9 +119,7 @@ class Grid:
         config, o = model.config, Options(**options)
         prompts, self.single = as_rows(prompt)
         num_steps = config.mean_recurrence if num_steps is None else num_steps
-        for name, value in (("num_steps", num_steps), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        check_counts(num_steps=num_steps, max_new_tokens=max_new_tokens)
         if not 0 <= o.init_scale < math.inf:
             raise ValueError(f"init_scale is {o.init_scale}; it must be 0 or above, and finite")
         if not prompts:

@@ -49,7 +49,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minirec.decoding import Generation, Grid
+from minirec.decoding import Generation, Grid, check_counts
 from minirec.recurrent_block import RecurrentDepthLM
 
 PAPER = {"inner_steps": 4, "exit_threshold": 0.03}  # arXiv 2510.14961, section 5
@@ -95,11 +95,10 @@ def generate(
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    if not isinstance(r, int) or r < 1:
-        raise ValueError(f"num_steps is {r!r}; it must be a whole number, at least 1")
+    check_counts(num_steps=r, headway=headway, max_wavefront=max_wavefront)
     inner = min(settings["inner_steps"], r) if inner_steps is None else inner_steps
     threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
-    _check(r, inner, threshold, schedule, freeze, headway, max_wavefront, noise, momentum)
+    _check(r, inner, threshold, schedule, freeze, noise, momentum)
     grid = Grid(model, prompt, max_new_tokens, r, spare=min(max_wavefront, max_new_tokens), kv=kv, **options)
     embedding, eta = torch.zeros_like(grid.state), torch.zeros_like(grid.state[..., 0])  # (B, L, d), (B, L)
     grid.prefill()  # at full depth, as in autoregressive decoding
@@ -167,10 +166,7 @@ def generate(
     return grid.results()
 
 
-def _check(r, inner_steps, exit_threshold, schedule, freeze, headway, max_wavefront, noise, momentum) -> None:
-    for name, value in (("headway", headway), ("max_wavefront", max_wavefront)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+def _check(r, inner_steps, exit_threshold, schedule, freeze, noise, momentum) -> None:
     if not isinstance(inner_steps, int) or not 1 <= inner_steps <= r:
         raise ValueError(f"inner_steps is {inner_steps}; it must be from 1 to num_steps, here {r}")
     if not exit_threshold >= 0:

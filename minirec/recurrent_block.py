@@ -248,8 +248,9 @@ class RecurrentDepthLM(nn.Module):
         if num_steps < 0:
             raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
         e = self.prelude(tokens)
-        s = self.initial_state(torch.arange(tokens.shape[1], device=e.device).expand_as(tokens))
-        s = s if state is None else state
+        s = state
+        if s is None:
+            s = self.initial_state(torch.arange(tokens.shape[1], device=e.device)).expand_as(e)  # (B, T, d)
         for _ in range(num_steps):
             s = self.recur(s, e)
         return Output(logits=self.coda(s), state=s)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -24,12 +23,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minirec import tasks
+from minirec import checkpoint, tasks
 from minirec.recurrent_block import RecurrentDepthLM
 from minirec.tokenizer import PAD
 
@@ -213,10 +211,13 @@ LOG_FIELDS = ("step", "loss", "rate", "seconds", "exact_match")
 
 def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log: list[dict], running: list) -> None:
     """Write log and state, each whole or not at all; the state's metadata says which run and step it is."""
-    with open(folder / "log.csv.part", "w", newline="") as f:
-        writer = csv.DictWriter(f, LOG_FIELDS)
-        writer.writeheader()
-        writer.writerows(log)
+
+    def write_log(part: str) -> None:
+        with open(part, "w", newline="") as f:
+            writer = csv.DictWriter(f, LOG_FIELDS)
+            writer.writeheader()
+            writer.writerows(log)
+
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"weight.{name}"] = p.detach().contiguous()
@@ -228,9 +229,9 @@ def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log
         "training": json.dumps(asdict(config)),
         "model": json.dumps(model.config.to_dict()),
     }
-    save_file(tensors, folder / "state.safetensors.part", metadata=run)
-    os.replace(folder / "log.csv.part", folder / "log.csv")  # first: a log that is ahead of the state is cut back
-    os.replace(folder / "state.safetensors.part", folder / "state.safetensors")
+    # the log first: one that is ahead of the state is cut back
+    checkpoint.write_whole(folder / "log.csv", write_log)
+    checkpoint.write_whole(folder / "state.safetensors", lambda part: save_file(tensors, part, metadata=run))
 
 
 def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int, list[dict], list[float]]:
@@ -238,11 +239,7 @@ def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int
     path = folder / "state.safetensors"
     if not path.exists():
         return 0, [], []
-    try:
-        state = safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    with state as f:
+    with checkpoint.opened(path) as f:
         run = f.metadata() or {}
         ours = {"training": json.dumps(asdict(config)), "model": json.dumps(model.config.to_dict())}
         for what, value in ours.items():
