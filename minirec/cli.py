@@ -205,9 +205,10 @@ def train(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt("(the same command goes on from the last save)") from None
     folder = args.out / "checkpoint"
     checkpoint.write_whole(folder / "tokenizer.json", task_tokenizer().save)
+    right = ", ".join(f"{family} {log[-1][family]:.0%}" for family in dict.fromkeys(config.families))
     print(
         f"{config.steps} steps in {log[-1]['seconds'] / 60:.1f} minutes: loss {log[-1]['loss']:.3f}, whole solution "
-        f"right on {log[-1]['exact_match']:.0%} of {config.evaluate_on * len(config.families)} held-out problems\n"
+        f"right on {config.evaluate_on} held-out problems each: {right}\n"
         f"checkpoint: {folder}   (minirec generate --model {folder} PROMPT)"
     )
 
@@ -355,11 +356,15 @@ GENERATE = [
 ]
 TRAIN = {
     "steps": "optimiser steps",
-    "batch_size": "problems in a batch",
+    "batch_tokens": "tokens of a batch, padding included",
     "learning_rate": "its highest value",
     "warmup": "fraction of the steps, the first, in which the learning rate grows from zero",
     "decay": "fraction of the steps, the last, in which it falls to zero",
-    "ramp": "fraction of the steps in which the mean depth grows from 1 to its full value",
+    "curriculum": "fraction of the steps, the first, over which the levels of each family join one by one",
+    "early": "share of the problems given as many recurrence steps as they need or fewer",
+    "random": "share of the problems whose depth is drawn by the paper's rule, whatever they need",
+    "extra": "mean number of steps that the other problems get beyond those they need",
+    "staged": "ask a problem that gets too few steps for the stage reached by then, not for its answer",
     "weight_decay": "of AdamW",
     "gradient_clip": "largest norm of the gradient",
     "seed": "of weights, problems, depths and initial states",
@@ -400,7 +405,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print while tokens freeze")
     p.add_argument("--stats", action="store_true", help="at the end print tokens, passes and depth on stderr")
     p = command(
-        train, "train a model on word problems; the same command resumes a run that was stopped",
+        train, "train a model on the tasks; the same command resumes a run that was stopped",
         "train --out runs/mine --steps 2000 --threads 2", [DEVICE, THREADS],
     )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, default=ABSENT, metavar="FOLDER", help="for log and checkpoint")
@@ -408,6 +413,7 @@ def parser() -> argparse.ArgumentParser:
     for f in dataclasses.fields(training.TrainingConfig):
         kind = {"nargs": "+"} if f.name == "families" else {"type": type(f.default)}
         kind = {"type": _whole(0)} if f.name == "seed" else kind
+        kind = {"action": argparse.BooleanOptionalAction} if f.name == "staged" else kind
         p.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=TRAIN[f.name], **kind)
     p = command(info, "say what a model is, from its config alone", "info --preset huginn_3_5b", [])
     which = p.add_mutually_exclusive_group()

@@ -96,8 +96,8 @@ PRESETS = {
     # What one student trains on a laptop: see minirec/assets/tiny.
     "tiny": dict(
         n_embd=96, n_heads=3, intermediate_size=264, vocab_size=128, block_size=512,
-        n_layers_in_prelude=1, n_layers_in_recurrent_block=2, n_layers_in_coda=1,
-        mean_recurrence=8, mean_backprop_depth=4,
+        n_layers_in_prelude=1, n_layers_in_recurrent_block=1, n_layers_in_coda=1,
+        mean_recurrence=12, mean_backprop_depth=16,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ),
     # Two prelude, four core, two coda blocks as in Huginn, small enough for a CPU: the overhead benchmark.

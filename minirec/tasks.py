@@ -1,12 +1,23 @@
 """Seeded generators of problems with a checkable answer: what the shipped model is trained on and tested with.
 
-Family `words`: a grade-school story in which one number changes two to five times.  Its solution is unique: for
-every sentence, in order, one line that restates it and does the sum, then the answer.
+Three families share one vocabulary.  Each has a dial for difficulty, the level:
 
-    Mia has 12 pears. First Mia buys 5 more pears. Then Mia gives 3 pears to Tom. How many pears does Mia have?
-    First Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears. Then ... The answer is 14.
+    words      Mia has 12 pears. First Mia buys 5 more pears. Then Mia gives 3 pears to Tom. How many pears ...?
+               First Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears. Then ... The answer is 14.
+    automaton  Run 3 steps from 0110100101101001.
+               0101110100001001
+    hops       d>d k>c m>a f>f c>f a>d. Follow k m.
+               k>f m>d
+
+A word problem has 2 to 5 changes to one number and writes every one of them down, so no token needs much thought: its
+depth is in its text.  The other two are to be answered at once.  Of an automaton the row after s steps is asked, of
+the arrows where each way ends; the s steps, or s hops, that lie between are nowhere written, so they have to be taken
+inside the loop of the model, and s is the level.  The automaton is rule 30 (new cell = left XOR (centre OR right))
+moved so that a cell depends on itself and the two cells before it, with zeros before the first: a causal model can
+iterate it in place.  Three ways of equal length hide in every set of arrows, and no place is on two of them.
 
 A problem belongs to the training or to the held-out split by a hash of its text, so the two can never share one.
+Levels above the trained ones are held out altogether.
 """
 
 from __future__ import annotations
@@ -16,21 +27,30 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 
-from minirec.tokenizer import BEGIN, END, NAMES, ORDINALS, THINGS, task_tokenizer
+from minirec.tokenizer import BEGIN, END, LETTERS, NAMES, ORDINALS, THINGS, task_tokenizer
 
-FAMILIES = {"words": (2, 3, 4, 5)}  # name -> trained levels, easiest first; of words: the number of changes
+# name -> levels, easiest first: those trained, and harder ones that training never shows
+FAMILIES = {"words": (2, 3, 4, 5), "automaton": (1, 2, 3, 4, 5, 6, 7, 8), "hops": (1, 2, 3, 4, 5, 6, 7, 8)}
+HARDER = {"words": (6,), "automaton": (9, 10, 12), "hops": (9, 10, 12)}
 LARGEST = 99  # every number of a word problem is between 1 and this
+CELLS = 16  # in a row of the automaton
+WAYS = 3  # in a set of arrows
 
 _tokenizer = task_tokenizer()
 
 
 @dataclass
 class Problem:
-    """One problem: `text` and `solution` as strings, `prompt` and `target` as token ids."""
+    """One problem: `text` and `solution` as strings, `prompt` and `target` as token ids.
+
+    `stages` is what the solution would be after 1, 2, ... of the serial steps that its tokens need; the last stage is
+    the solution itself.  A word problem has one stage, since its text holds every step.
+    """
 
     text: str
-    solution: str
+    stages: tuple[str, ...]
     answer: str
     family: str
     level: int
@@ -39,21 +59,32 @@ class Problem:
 
     def __post_init__(self):
         self.prompt = [BEGIN, *_tokenizer.encode(self.text).ids]
-        self.target = [*_tokenizer.encode(self.solution).ids, END]
+        self.target = self.reached(len(self.stages))
+
+    @property
+    def solution(self) -> str:
+        """What the model is to write."""
+        return self.stages[-1]
+
+    def reached(self, steps: int) -> list[int]:
+        """The target after so many serial steps, from 1 up: that stage, or the last one, and <end>."""
+        return [*_tokenizer.encode(self.stages[min(steps, len(self.stages)) - 1]).ids, END]
 
     def is_correct(self, tokens: list[int]) -> bool:
-        """Whether the final answer in these new tokens is right; the way to it is not looked at."""
+        """Whether the final answer in these new tokens is right; the way to it, if any, is not looked at."""
+        if self.family != "words":  # the answer is all there is
+            return list(takewhile(lambda token: token != END, tokens)) == self.target[:-1]
         said = re.findall(r"The answer is (.*?)\.", _tokenizer.decode(list(tokens)))
         return bool(said) and said[-1] == self.answer
 
 
-def _word_problem(rng: random.Random, level: int) -> tuple[str, str, str]:
+def _word_problem(rng: random.Random, level: int) -> tuple[str, tuple[str, ...], str]:
     """A story of `level` changes to one number, its solution and answer; the number may change hands."""
     names = rng.sample(NAMES, 3)
     things, who = rng.choice(THINGS), names[0]
     x = rng.randint(2, 40)
     story, solution = [f"{who} has {x} {things}."], []
-    for ordinal in ORDINALS[:level]:
+    for ordinal in ORDINALS[:level] if level <= len(ORDINALS) else [*ORDINALS[:4], "Then", "Finally"]:
         a = rng.randint(1, min(40, max(x, LARGEST - x)))
         other = rng.choice([n for n in names if n != who])
         # (sentence, operator, operand, result, whose number it is from now on)
@@ -78,27 +109,59 @@ def _word_problem(rng: random.Random, level: int) -> tuple[str, str, str]:
         x = result
     story.append(f"How many {things} does {who} have?")
     solution.append(f"The answer is {x}.")
-    return " ".join(story), " ".join(solution), str(x)
+    return " ".join(story), (" ".join(solution),), str(x)
+
+
+def _automaton(rng: random.Random, steps: int) -> tuple[str, tuple[str, ...], str]:
+    """A row of cells, and the rows after 1, 2, ... steps of rule 30 on each cell and the two before it."""
+    row = [rng.randint(0, 1) for _ in range(CELLS)]
+    text, rows = f"Run {steps} steps from {''.join(map(str, row))}.", []
+    for _ in range(steps):
+        row = [left ^ (centre | right) for left, centre, right in zip([0, 0, *row], [0, *row], row, strict=False)]
+        rows.append("".join(map(str, row)))
+    return text, tuple(rows), rows[-1]
+
+
+def _hops(rng: random.Random, length: int) -> tuple[str, tuple[str, ...], str]:
+    """Arrows in any order that make three ways of so many hops; the place on each way after 1, 2, ... of them.
+
+    The last arrow of a way leads from its end to itself, so a hop too many changes nothing.
+    """
+    places = rng.sample(LETTERS, WAYS * (length + 1))
+    ways = [places[i::WAYS] for i in range(WAYS)]
+    arrows = [f"{a}>{b}" for way in ways for a, b in pairwise([*way, way[-1]])]
+    rng.shuffle(arrows)
+    text = f"{' '.join(arrows)}. Follow {' '.join(way[0] for way in ways)}."
+    stages = tuple(" ".join(f"{way[0]}>{way[i]}" for way in ways) for i in range(1, length + 1))
+    return text, stages, stages[-1]
 
 
 def problems(split: str, seed: int | str = 0, family: str = "words", level: int | None = None) -> Iterator[Problem]:
-    """An endless, seeded stream of problems of the split "train" or "heldout"; level None mixes the trained ones."""
+    """An endless, seeded stream of problems of the split "train" or "heldout"; level None mixes the trained ones.
+
+    Raises ValueError for an unknown split or family, or a level that the split does not have.
+    """
     if split not in ("train", "heldout"):
         raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
-    if level is not None and level not in FAMILIES[family]:
-        raise ValueError(f"level is {level}; family {family!r} has levels {FAMILIES[family]}")
+    levels = FAMILIES[family] + (HARDER[family] if split == "heldout" else ())
+    if level is not None and level not in levels:
+        raise ValueError(f"level is {level}; in split {split!r} family {family!r} has levels {levels}")
+    write = {"words": _word_problem, "automaton": _automaton, "hops": _hops}[family]
     rng = random.Random(f"{split} {seed} {family} {level}")
     while True:
         chosen = level or rng.choice(FAMILIES[family])
-        text, solution, answer = _word_problem(rng, chosen)
+        text, stages, answer = write(rng, chosen)
         if (zlib.crc32(text.encode()) % 16 == 0) == (split == "heldout"):
-            yield Problem(text, solution, answer, family, chosen)
+            yield Problem(text, stages, answer, family, chosen)
 
 
 def heldout(n: int, seed: int = 0, family: str = "words", level: int | None = None) -> list[Problem]:
-    """n problems that training never shows, all different; the same for the same arguments."""
+    """n problems that training never shows, all different; the same for the same arguments.
+
+    level None mixes the trained levels evenly; one of HARDER[family] is harder than any that training shows.
+    """
     if n < 1:
         raise ValueError(f"n is {n}; it must be at least 1")
     seen: dict[str, Problem] = {}

@@ -1,13 +1,16 @@
-"""Training a recurrent-depth model: a random depth for every batch, gradients through the last few steps.
+"""Training a recurrent-depth model: random depth, gradients through the last steps, and a use for every step.
 
-The objective is the expected loss over text x and over depth r (arXiv 2502.05171, section 3.3):
+The objective of the paper is the expected loss over text x and over depth r (arXiv 2502.05171, section 3.3):
 
     tau ~ N(log(mean) - sigma^2/2, sigma),   r ~ Poisson(exp(tau)) + 1,   sigma = 1/2
     the first r - k steps run without gradient, the last k = min(r, mean_backprop_depth) with it.
 
-e enters every step, so the prelude learns although the graph is cut.  Every batch, depth and initial state is a
-function of (seed, step): a killed run resumes to the same losses, and needs only weights, moments and a number.
-Notebook: 02_training_through_depth.
+e enters every step, so the prelude learns although the graph is cut.  Alone it gives a tiny model that is done after
+two steps, however hard the problem.  So most rows here draw their depth by the problem's difficulty: either as many
+steps as its answer is away, and a few more; or fewer, and then the target is what is reached by then (`staged`).
+
+Every batch, depth and initial state is a function of (seed, step): a killed run resumes to the same losses, and needs
+only weights, moments and a number.  Notebook: 02_training_through_depth.
 """
 
 from __future__ import annotations
@@ -39,34 +42,44 @@ POOL = 16  # batches drawn at once and sorted by length, so that a batch holds p
 class TrainingConfig:
     """How to train; the defaults are those of the shipped model.
 
-    `steps` are optimiser steps; `warmup`, `decay` and `ramp` are fractions of them.
+    `steps` are optimiser steps, taken by the families in turn; `warmup`, `decay` and `curriculum` are fractions of
+    them.  `random`, `early` and the rest that they leave of 1 are the shares of rows whose depth is drawn by the
+    paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson number more.
     """
 
-    steps: int = 10_000
-    batch_size: int = 16
+    steps: int = 15_000
+    batch_tokens: int = 3000  # of a batch, padding included; a family has as many rows as fit
     learning_rate: float = 2e-3
     warmup: float = 0.02  # linear from zero
     decay: float = 0.4  # linear to zero, at the end
-    ramp: float = 0.7  # the mean depth grows from 1 to its full value over this fraction
+    curriculum: float = 0.45  # the levels of each family join one by one, evenly over this first part
+    early: float = 0.45
+    random: float = 0.15
+    extra: float = 2.0  # mean of the steps beyond those needed
+    staged: bool = True  # a row that stops early is asked for the stage reached, not for the answer
     weight_decay: float = 0.05
     gradient_clip: float = 1.0
     seed: int = 0
-    families: tuple[str, ...] = ("words",)
+    families: tuple[str, ...] = ("words", "automaton", "words", "hops", "hops")
     log_every: int = 50
     evaluate_every: int = 1000
     evaluate_on: int = 64  # held-out problems
     save_every: int = 500
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "evaluate_on", "save_every"):
+        for name in ("steps", "batch_tokens", "log_every", "evaluate_every", "evaluate_on", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("warmup", "decay", "ramp", "weight_decay"):
+        for name in ("warmup", "decay", "curriculum", "early", "random", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.early + self.random > 1:
+            raise ValueError(f"early is {self.early} and random {self.random}; together they must be at most 1")
+        if not 0 <= self.extra < math.inf:
+            raise ValueError(f"extra is {self.extra}; it must be at least 0 and finite")
         self.families = tuple(self.families)
         for family in self.families:
             if family not in tasks.FAMILIES:
@@ -78,63 +91,96 @@ class TrainingConfig:
         down = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.learning_rate * min(1.0, up, down)
 
-    def mean_depth(self, step: int, full: float) -> float:
-        """The mean of the depths drawn at a step."""
-        return full if step >= self.ramp * self.steps else 1 + (full - 1) * step / (self.ramp * self.steps)
+    def levels(self, family: str, step: int) -> tuple[int, ...]:
+        """The levels of a family that have joined by a step, easiest first."""
+        levels = tasks.FAMILIES[family]
+        joined = sum(i * self.curriculum * self.steps <= step * len(levels) for i in range(len(levels)))
+        return levels[:joined]
 
 
-def sample_depth(mean: float, backprop: int, generator: torch.Generator, sigma: float = 0.5) -> tuple[int, int]:
-    """Draw (steps without gradient, steps with it) for one batch: log-normal Poisson (2502.05171, eq. 1)."""
-    tau = torch.normal(math.log(mean) - sigma**2 / 2, sigma, (1,), generator=generator)
-    r = int(torch.poisson(tau.exp(), generator=generator)) + 1
-    return max(r - backprop, 0), min(r, backprop)
+def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: float = 0.5) -> Tensor:
+    """n depths of the paper, (n,) int64: log-normal Poisson of about this mean, at least 1 (2502.05171, eq. 1)."""
+    tau = torch.normal(math.log(mean) - sigma**2 / 2, sigma, (n,), generator=generator)
+    return torch.poisson(tau.exp(), generator=generator).long() + 1
 
 
 def depth_loss(
-    model: RecurrentDepthLM, tokens: Tensor, labels: Tensor, without_grad: int, with_grad: int, state: Tensor
+    model: RecurrentDepthLM, tokens: Tensor, labels: Tensor, depths: Tensor, backprop: int, state: Tensor
 ) -> Tensor:
-    """Mean cross-entropy after `without_grad` + `with_grad` recurrence steps, gradients through the last ones.
+    """Mean cross-entropy, each row after its own number of recurrence steps, gradients through the last `backprop`.
 
-    tokens, labels (B, T) int64, labels already shifted and -100 where there is no loss; state (B, T, d) -> scalar.
+    tokens, labels (B, T) int64, labels already shifted and -100 where there is no loss; depths (B,) int64; state
+    (B, T, d) -> scalar.  Rows start one after the other, the deepest first, and end together: so one cut serves all.
     """
+    order = depths.argsort(descending=True, stable=True)
+    tokens, labels, state, depths = tokens[order], labels[order], state[order], depths[order].tolist()
     e = model.prelude(tokens)  # (B, T, d)
-    with torch.no_grad():
-        for _ in range(without_grad):
-            state = model.recur(state, e)
-    for _ in range(with_grad):
-        state = model.recur(state, e)
-    return F.cross_entropy(model.coda(state).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    s = state[:0]  # (rows that have started, T, d)
+    for left in range(depths[0], 0, -1):
+        started = sum(depth >= left for depth in depths)
+        with torch.set_grad_enabled(left <= backprop and torch.is_grad_enabled()):
+            s = model.recur(torch.cat([s, state[len(s) : started]]), e[:started])
+    return F.cross_entropy(model.coda(s).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
-def batch_of(problems: list[tasks.Problem]) -> tuple[Tensor, Tensor]:
-    """Problems -> tokens and labels (B, T) int64, padded on the right; the loss is on the solution alone."""
-    lines = [p.prompt + p.target for p in problems]
-    width = max(map(len, lines)) - 1
-    tokens, labels = torch.full((len(lines), width), PAD), torch.full((len(lines), width), IGNORE)
-    for row, (line, p) in enumerate(zip(lines, problems, strict=True)):
+def batch_of(problems: list[tasks.Problem], depths: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Problems -> tokens and labels (B, T) int64, padded on the right; the loss is on the solution alone.
+
+    With depths, the target of each problem is the stage reached after so many steps.
+    """
+    targets = [p.target for p in problems]
+    if depths is not None:
+        targets = [p.reached(depth) for p, depth in zip(problems, depths, strict=True)]
+    width = max(len(p.prompt) + len(t) for p, t in zip(problems, targets, strict=True)) - 1
+    tokens, labels = torch.full((len(problems), width), PAD), torch.full((len(problems), width), IGNORE)
+    for row, (p, target) in enumerate(zip(problems, targets, strict=True)):
+        line = p.prompt + target
         tokens[row, : len(line) - 1] = torch.tensor(line[:-1])
-        labels[row, len(p.prompt) - 1 : len(line) - 1] = torch.tensor(p.target)
+        labels[row, len(p.prompt) - 1 : len(line) - 1] = torch.tensor(target)
     return tokens, labels
 
 
 class Batches:
-    """The training data: `batches[step]` is a function of (config, step), so any step can be asked for again."""
+    """The training data: `batches[step]` is a function of (config, step), so any step can be asked for again.
 
-    def __init__(self, config: TrainingConfig):
-        self.config = config
-        self._pool: tuple[int, list[list[tasks.Problem]]] = (-1, [])
+    A batch is tokens (B, T), labels (B, T) and depths (B,), all int64; `mean_depth` is the paper rule's.
+    """
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        number, inside = divmod(step, POOL)
-        if self._pool[0] != number:
-            seed, size = f"{self.config.seed}.{number}", self.config.batch_size
-            share = -(-POOL * size // len(self.config.families))
-            drawn = [p for f in self.config.families for p in islice(tasks.problems("train", seed, f), share)]
-            drawn.sort(key=lambda p: len(p.prompt) + len(p.target))
+    def __init__(self, config: TrainingConfig, mean_depth: float):
+        self.config, self.mean_depth = config, mean_depth
+        hardest = {f: tasks.problems("heldout", 0, f, tasks.FAMILIES[f][-1]) for f in config.families}
+        longest = {f: max(len(p.prompt + p.target) for p in islice(stream, 64)) for f, stream in hardest.items()}
+        self.rows = {f: max(1, config.batch_tokens // length) for f, length in longest.items()}
+        self._pools: dict[int, tuple[int, list[list[tasks.Problem]]]] = {}
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        config, n = self.config, len(self.config.families)
+        turn, which = divmod(step, n)
+        number, inside = divmod(turn, POOL)
+        if self._pools.get(which, (-1, []))[0] != number:
+            family, seed = config.families[which], f"{config.seed}.{which}.{number}"
+            levels, size = config.levels(family, step - inside * n), self.rows[family]
+            streams = [tasks.problems("train", seed, family, level) for level in levels]
+            rng = random.Random(seed)
+            drawn = [next(rng.choice(streams)) for _ in range(POOL * size)]
+            drawn.sort(key=lambda p: len(p.prompt + p.target))
             batches = [drawn[i * size : (i + 1) * size] for i in range(POOL)]
-            random.Random(seed).shuffle(batches)
-            self._pool = (number, batches)
-        return batch_of(self._pool[1][inside])
+            rng.shuffle(batches)
+            self._pools[which] = (number, batches)
+        problems = self._pools[which][1][inside]
+        generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003 + step)
+        depths = self._depths(problems, generator)
+        return *batch_of(problems, depths.tolist() if config.staged else None), depths
+
+    def _depths(self, problems: list[tasks.Problem], generator: torch.Generator) -> Tensor:
+        """How deep each row goes, (B,) int64: by the paper's rule, or by what the problem needs."""
+        needed = torch.tensor([len(p.stages) for p in problems])  # (B,)
+        kind, share = torch.rand((2, len(problems)), generator=generator)
+        early = 1 + (share * needed).long()
+        beyond = needed + torch.poisson(torch.full(needed.shape, self.config.extra), generator=generator).long()
+        paper = sample_depth(self.mean_depth, generator, len(problems))
+        depths = torch.where(kind < self.config.early, early, beyond)
+        return torch.where(kind >= 1 - self.config.random, paper, depths)
 
 
 @torch.inference_mode()
@@ -166,23 +212,17 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
         fused=True,
     )
     first, log, running = _resume(model, optimizer, config, folder)
-    data = Batches(config)
-    held_out = [p for f in config.families for p in tasks.heldout(config.evaluate_on, seed=1, family=f)]
-    generator = torch.Generator()
+    data = Batches(config, model.config.mean_recurrence)
+    held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}
     started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
     model.train()
     for step in tqdm(range(first, config.steps), initial=first, total=config.steps, disable=None):
-        tokens, labels = (t.to(device) for t in data[step])
+        tokens, labels, depths = (t.to(device) for t in data[step])
         rows = torch.arange(len(tokens), device=device)[:, None]
         run = (config.seed + 1) * 1_000_003 + step
-        without, with_ = sample_depth(
-            config.mean_depth(step, model.config.mean_recurrence),
-            model.config.mean_backprop_depth,
-            generator.manual_seed(run),
-        )
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         state = model.initial_state(positions, seed=run * len(tokens) + rows)
-        loss = depth_loss(model, tokens, labels, without, with_, state)
+        loss = depth_loss(model, tokens, labels, depths, model.config.mean_backprop_depth, state)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
@@ -196,7 +236,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
             row = {"step": done, "loss": sum(running) / len(running), "rate": config.rate(step)}
             row["seconds"] = round(spent + time.perf_counter() - started, 1)
             if done % config.evaluate_every == 0 or done == config.steps:
-                row["exact_match"] = exact_match(model, held_out)
+                row |= {family: exact_match(model, problems) for family, problems in held_out.items()}
             log.append(row)
             running = []
         if done % config.save_every == 0 or done == config.steps:
@@ -206,15 +246,12 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
     return log
 
 
-LOG_FIELDS = ("step", "loss", "rate", "seconds", "exact_match")
-
-
 def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log: list[dict], running: list) -> None:
     """Write log and state, each whole or not at all; the state's metadata says which run and step it is."""
 
     def write_log(part: str) -> None:
         with open(part, "w", newline="") as f:
-            writer = csv.DictWriter(f, LOG_FIELDS)
+            writer = csv.DictWriter(f, ["step", "loss", "rate", "seconds", *dict.fromkeys(config.families)])
             writer.writeheader()
             writer.writerows(log)
 

@@ -1,0 +1,111 @@
+"""What makes the loop of a tiny model be used: one short training run for every change of the recipe.
+
+    python benchmarks/recipe.py [--only NAME ...] [--steps 1500] [--json FILE]
+
+Every run trains the shipped model's shape on the cellular automaton alone, levels 1 to 8, from the same seed, and is
+then asked for the row after s steps at depths 1 to 32.  A row of the table changes one thing against the row that it
+names.  A level is solved at the smallest depth that gets 90 % of the whole rows right.  With --json a run that is in
+the file already is not run again, so the table can be made in several sittings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from timing import in_words, machine, table, write_json
+
+from minirec import RecurrentConfig, RecurrentDepthLM, tasks, training
+from minirec.training import TrainingConfig
+
+FAMILY = "automaton"
+DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32)
+SOLVED = 0.9
+
+PAPER = {"early": 0.0, "random": 1.0, "staged": False}  # the objective of 2502.05171: any depth, always the answer
+NEEDED = {"early": 0.0, "random": 0.0, "staged": False}  # as many steps as needed and a few more
+
+# name -> (what it changes, of the training; of the shape; share of the identity in the adapter's state half)
+VARIANTS = {
+    "the recipe": ({}, {}, 0.0),
+    "no curriculum": ({"curriculum": 0.0}, {}, 0.0),
+    "never a stage: early rows are asked for the answer": ({"staged": False}, {}, 0.0),
+    "never early": ({"early": 0.0}, {}, 0.0),
+    "depth by difficulty alone": (NEEDED, {}, 0.0),
+    "depth by difficulty alone, identity in the adapter": (NEEDED, {}, 1.0),
+    "depth by the paper's rule alone": (PAPER, {}, 0.0),
+    "paper's rule, no curriculum": (PAPER | {"curriculum": 0.0}, {}, 0.0),
+    "paper's rule, no curriculum, identity in the adapter": (PAPER | {"curriculum": 0.0}, {}, 1.0),
+    "identity in the adapter": ({}, {}, 1.0),
+    "gradients through 4 steps": ({}, {"mean_backprop_depth": 4}, 0.0),
+    "recurrent block of 2 layers": ({}, {"n_layers_in_recurrent_block": 2}, 0.0),
+    "prelude and coda of 2 layers": ({}, {"n_layers_in_prelude": 2, "n_layers_in_coda": 2}, 0.0),
+    "half the learning rate": ({"learning_rate": 1e-3}, {}, 0.0),
+    "all depths by difficulty": ({"random": 0.0}, {}, 0.0),
+}
+
+
+def run(name: str, steps: int, seed: int) -> dict:
+    """Train one variant and measure it; returns exact match by level and depth."""
+    changes, shape, identity = VARIANTS[name]
+    config = TrainingConfig(
+        steps=steps, batch_tokens=1500, seed=seed, families=(FAMILY,), evaluate_every=steps, save_every=steps, **changes
+    )
+    torch.manual_seed(seed)
+    model = RecurrentDepthLM(dataclasses.replace(RecurrentConfig.preset("tiny"), **shape))
+    with torch.no_grad():
+        state_half = model.transformer.adapter.weight[:, : model.config.n_embd]
+        state_half += identity * torch.eye(model.config.n_embd)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        log = training.train(model, config, folder)
+    exact = {}
+    for level in tasks.FAMILIES[FAMILY]:
+        problems = tasks.heldout(200, family=FAMILY, level=level)
+        exact[level] = [training.exact_match(model, problems, depth) for depth in DEPTHS]
+    return {"minutes": (time.perf_counter() - started) / 60, "loss": log[-1]["loss"], "exact_match": exact}
+
+
+def solved_at(curve: list[float]) -> str:
+    """The smallest depth that solves a level, or the best that any depth reaches."""
+    depth = next((d for d, exact in zip(DEPTHS, curve, strict=True) if exact >= SOLVED), None)
+    return f"r = {depth}" if depth else f"({max(curve):.0%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="keep the numbers here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    kept = {"machine": machine(), "steps": args.steps, "seed": args.seed, "depths": list(DEPTHS), "runs": {}}
+    if args.json and Path(args.json).exists():
+        kept = json.loads(Path(args.json).read_text())
+        if (kept["steps"], kept["seed"]) != (args.steps, args.seed):
+            raise SystemExit(f"{args.json} holds runs of {kept['steps']} steps and seed {kept['seed']}")
+    print(f"{in_words(kept['machine'])}\n{args.steps} steps, family {FAMILY}, 200 held-out problems a level.\n")
+    levels = tasks.FAMILIES[FAMILY]
+    for name in args.only:
+        if name not in kept["runs"]:
+            kept["runs"][name] = json.loads(json.dumps(run(name, args.steps, args.seed)))
+            if args.json:
+                write_json(args.json, kept)
+    rows = []
+    for name, result in kept["runs"].items():
+        curves = [result["exact_match"][str(level)] for level in levels]
+        lost = max(max(c) - c[-1] for c in curves)
+        rows.append([name, *map(solved_at, curves), f"{100 * lost:.0f}", f"{result['minutes']:.1f}"])
+    head = ["", *(f"s = {level}" for level in levels), f"points lost at r = {DEPTHS[-1]}", "minutes"]
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
