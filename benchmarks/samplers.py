@@ -1,6 +1,6 @@
-"""Speed and accuracy of the samplers on held-out word problems, with the shipped model, batch 1, CPU.
+"""Speed and accuracy of the samplers on held-out problems, with the shipped model, batch 1, CPU.
 
-    python benchmarks/samplers.py
+    python benchmarks/samplers.py [--family words] [--level LEVEL]
 
 Every problem is solved by every sampler before the next problem begins, and the order rotates: all rows come from
 one run and share the machine's ups and downs.  Ratios are taken problem by problem against autoregressive decoding
@@ -22,7 +22,7 @@ from minirec import RecurrentDepthLM, autoregressive, diffusion_forcing, tasks
 from minirec.decoding import Generation
 from minirec.tasks import Problem
 
-DEPTHS = (1, 2, 3, 4)  # of autoregressive decoding, besides the default
+DEPTHS = (1, 2, 3, 4, 6, 8)  # of autoregressive decoding, besides the default
 FULL_ACCURACY = 0.005  # as exact as at the default depth: at most half a point below
 REFERENCE, DEFAULTS = "autoregressive", "diffusion forcing, defaults of this checkpoint"
 
@@ -128,23 +128,29 @@ speed-up {with_quartiles(small["speed_up"])} by problem, {small["speed_up_in_all
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Samplers on held-out word problems, with the shipped model.")
+    parser = argparse.ArgumentParser(description="Samplers on held-out problems, with the shipped model.")
     parser.add_argument("--problems", type=int, default=200, help="how many (default: 200)")
+    parser.add_argument("--family", choices=tasks.FAMILIES, default="words", help="of the problems (default: words)")
+    parser.add_argument("--level", type=int, help="how hard they are (default: the trained levels, mixed)")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     args = parser.parse_args(argv)
     if args.problems < 1:
         parser.error(f"--problems is {args.problems}; it must be at least 1")
+    try:
+        problems = tasks.heldout(args.problems, seed=0, family=args.family, level=args.level)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     before = machine()
     model = RecurrentDepthLM.from_pretrained("tiny")
-    problems = tasks.heldout(args.problems, seed=0)
     default = model.config.mean_recurrence
     settings = diffusion_forcing.PAPER | model.generation_config.get("diffusion_forcing", {})
     print(in_words(before))
     print(
-        f"Model: the shipped one, depth {default} by default, float32; batch 1, greedy; {args.problems} held-out word "
-        f"problems (seed 0). Diffusion forcing by default: {', '.join(f'{k} {v}' for k, v in settings.items())}.\n",
+        f"Model: the shipped one, depth {default} by default, float32; batch 1, greedy; {args.problems} held-out "
+        f"problems of family {args.family}, {f'level {args.level}' if args.level else 'all trained levels'}. "
+        f"Diffusion forcing by default: {', '.join(f'{k} {v}' for k, v in settings.items())}.\n",
         flush=True,
     )
     results = run(model, problems, samplers(default))

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -319,3 +319,201 @@ def relative_change(change, threshold: float | None = None, ax: Axes | None = No
     ax.grid(alpha=0.3)
     ax.legend()
     return ax
+
+
+# --- Inside the loop: notebook 03_thinking_longer ---
+
+
+def _level_lines(ax: Axes, curves: Mapping, beyond: Sequence) -> None:
+    """One line a level, light for easy and dark for hard, dashed for those `beyond` training; the depth in octaves."""
+    shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, len(curves)))
+    for shade, (level, curve) in zip(shades, curves.items(), strict=True):
+        style = "--" if level in beyond else "-"
+        ax.plot(list(curve), list(curve.values()), style, marker="o", markersize=4, color=shade, label=f"{level}")
+    depths = [r for curve in curves.values() for r in curve]
+    ticks = [2**i for i in range(12) if min(depths) <= 2**i <= max(depths)]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(r) for r in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("recurrence steps")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(title="level", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, labelspacing=0.3)
+
+
+def depth_curves(curves: Mapping, title: str = "", beyond: Sequence = (), ax: Axes | None = None) -> Axes:
+    """Exact match against depth, one line a level: what a problem needs is where its line rises.
+
+    curves: level, easiest first -> {recurrence steps: share of exact matches, 0 to 1}; `beyond`: levels to dash.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    _level_lines(ax, curves, beyond)
+    ax.set(title=title, ylabel="exact match", ylim=(-0.04, 1.04))
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    return ax
+
+
+def change_curves(curves: Mapping, threshold: float | None = None, title: str = "", ax: Axes | None = None) -> Axes:
+    """How far each step moves the state, one line a level on a log axis; `threshold` draws a dotted line there.
+
+    curves: level, easiest first -> {recurrence step: |s_k - s_(k-1)| / |s_k|, one number for all its tokens}.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    _level_lines(ax, curves, ())
+    if threshold is not None:
+        ax.axhline(threshold, color=VERMILION, linestyle=":", linewidth=1.5)
+    ax.set(title=title, yscale="log", ylabel=r"$\|s_k - s_{k-1}\| \,/\, \|s_k\|$")
+    return ax
+
+
+def _number_map(ax: Axes, values: np.ndarray, words: np.ndarray, first_step: int, levels, norm, cmap: str) -> None:
+    """A table in colours: one row a level, one column a step, a word in every cell."""
+    ax.imshow(values, norm=norm, cmap=cmap, aspect="auto", origin="lower")
+    for (row, column), word in np.ndenumerate(words):
+        ink = _ink(plt.get_cmap(cmap)(norm(values[row, column])))
+        ax.text(column, row, word, ha="center", va="center", fontsize=8, color=ink)
+    ax.set_xticks(range(values.shape[1]), range(first_step, first_step + values.shape[1]))
+    ax.set_yticks(range(len(levels)), levels)
+    ax.set(xlabel="recurrence step", ylabel="level")
+    ax.tick_params(length=0)
+
+
+def settled_steps(steps: Mapping[int, Sequence[int]], title: str = "", ax: Axes | None = None) -> Axes:
+    """At which step tokens settle: for each level the percentage of its tokens at each step, blank for 0.
+
+    steps: level, easiest first -> the step of every token, from 1 up.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    last = max(max(row) for row in steps.values())
+    percent = np.array([100 * np.bincount(row, minlength=last + 1)[1:] / len(row) for row in steps.values()])
+    words = np.where(percent > 0, np.char.mod("%.0f", percent), "")
+    _number_map(ax, percent, words, 1, list(steps), Normalize(0, 100), "Blues")
+    ax.set_title(title)
+    return ax
+
+
+def lens_ranks(ranks: Mapping[str, np.ndarray], levels: Sequence) -> np.ndarray:
+    """How well lenses read the answer on the way, one panel each: its rank by level and step; returns the axes.
+
+    ranks: lens -> (levels, steps + 1), from step 0 on; 1 is the most likely token.  Dark means far from the top.
+    """
+    _, axes = plt.subplots(
+        1, len(ranks), figsize=(5.6 * len(ranks), 0.9 + 0.3 * len(levels)), squeeze=False, layout="constrained"
+    )
+    norm = LogNorm(1, max(2, max(np.max(values) for values in ranks.values())))  # one scale for all panels
+    for ax, (lens, values) in zip(axes[0], ranks.items(), strict=True):
+        values = np.asarray(values, dtype=float)
+        _number_map(ax, values, np.char.mod("%.3g", values), 0, levels, norm, "viridis_r")
+        ax.set_title(lens)
+    return axes[0]
+
+
+def convergence_map(distance, words: Sequence[str], ax: Axes | None = None) -> Axes:
+    """How far the state of every token is from its last one: tokens across, steps upwards, on a log colour scale.
+
+    distance (steps, T): |s_k - s_r| for k = 0, 1, ...; words: the T tokens.  Dark is near, so a dark column is done.
+    As in arXiv 2502.05171, figure 11.
+    """
+    distance = np.asarray(distance)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(max(5, 0.19 * len(words) + 1.6), 4), layout="constrained")
+    low = max(distance[distance > 0].min(), distance.max() / 1e4)  # what is nearer has arrived
+    image = ax.imshow(np.maximum(distance, low), norm=LogNorm(), cmap="viridis", aspect="auto", origin="lower")
+    ax.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.tick_params(length=0)
+    ax.set(xlabel="token at this position", ylabel="recurrence step")
+    ax.figure.colorbar(image, ax=ax, fraction=0.03, pad=0.01, label=r"$\|s_k - s_r\|$")
+    return ax
+
+
+def trajectories(paths: Mapping[str, np.ndarray], title: str = "", ax: Axes | None = None) -> Axes:
+    """Paths of states through a plane, one colour each: a ring where it starts, a square where it ends.
+
+    paths: label -> (steps + 1, 2), coordinates after 0, 1, ... steps, as from `lens.principal_components`.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 4.4), layout="constrained")
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, len(paths)))
+    for colour, (label, path) in zip(colours, paths.items(), strict=True):
+        x, y = np.asarray(path).T
+        ax.plot(x, y, "-", marker="o", markersize=3, linewidth=0.9, color=colour, label=label)
+        ax.plot(x[0], y[0], "o", markersize=9, markerfacecolor="white", color=colour)
+        ax.plot(x[-1], y[-1], "s", markersize=9, markeredgecolor="white", color=colour, zorder=3)
+    ax.set(title=title, xlabel="first principal component", ylabel="second")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if len(paths) > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+# --- Training: notebook 02_training_through_depth ---
+
+
+def depth_histogram(depths, marks: Mapping[str, float], ax: Axes | None = None) -> Axes:
+    """How often each depth is drawn: one bar a number of steps, and a line for each of `marks` (label -> depth).
+
+    depths (n,): whole numbers from 1 up.  What lies above the 99.9 % quantile is not drawn.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    depths = np.asarray(depths)
+    last = int(np.quantile(depths, 0.999))
+    share = np.bincount(depths, minlength=last + 1)[: last + 1] / len(depths)
+    ax.bar(range(last + 1), share, width=1.0, color=GREY)
+    for (label, depth), style in zip(marks.items(), ("-", "--", ":"), strict=False):
+        ax.axvline(depth, color=BLUE, linestyle=style, label=f"{label} {depth:.1f}")
+    ax.set(xlabel="recurrence steps r", ylabel="share of draws", xlim=(0, last + 1))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return ax
+
+
+def gradient_by_step(norms: Mapping[str, Sequence[float]], title: str = "", ax: Axes | None = None) -> Axes:
+    """Size of the gradient that reaches the embedding through each recurrence step, on a log axis; zeros are left out.
+
+    norms: label -> one number a step, from step 1 on.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    styles = zip((GREY, GREEN, BLUE, VERMILION), ("o", "s", "D", "^"), (11, 8, 6, 4), strict=True)
+    for (label, values), (colour, marker, size) in zip(norms.items(), styles, strict=False):
+        values = np.asarray(values, dtype=float)
+        shown = np.where(values > 0, values, np.nan)
+        ax.plot(np.arange(1, len(values) + 1), shown, "-", marker=marker, markersize=size, color=colour, label=label)
+    ax.set(title=title, yscale="log", xlabel="recurrence step", ylabel="gradient of the loss at e")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return ax
+
+
+def over_training(panels: Mapping[str, Mapping[str, tuple]]) -> np.ndarray:
+    """What changes while a model is trained, one panel a quantity and one line a run; returns the axes.
+
+    panels: quantity -> {label: (optimiser steps, values)}.  A label looks the same in all panels; after the third,
+    colours come again with dashed lines.  A value of None or NaN is left out.
+    """
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    looks = {label: ((VERMILION, BLUE, GREEN)[i % 3], "-" if i < 3 else "--") for i, label in enumerate(labels)}
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for ax, (quantity, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, (steps, values) in lines.items():
+            values = np.asarray(values, dtype=float)
+            kept, (colour, style) = np.isfinite(values), looks[label]
+            ax.plot(np.asarray(steps)[kept], values[kept], style, color=colour, linewidth=1.6, label=label)
+        ax.set(xlabel="optimiser step", ylabel=quantity)
+        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    handles = {line.get_label(): line for ax in axes[0] for line in ax.lines}
+    if len(handles) > 1:
+        fig.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=9
+        )
+    return axes[0]

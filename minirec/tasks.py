@@ -6,8 +6,8 @@ Three families share one vocabulary.  Each has a dial for difficulty, the level:
                First Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears. Then ... The answer is 14.
     automaton  Run 3 steps from 0110100101101001.
                0101110100001001
-    hops       d>d k>c m>a f>f c>f a>d. Follow k m.
-               k>f m>d
+    hops       k>c, m>a, e>h, c>f, h>b, a>d. Follow k e m.
+               k>f, e>b, m>d
 
 A word problem has 2 to 5 changes to one number and writes every one of them down, so no token needs much thought: its
 depth is in its text.  The other two are to be answered at once.  Of an automaton the row after s steps is asked, of
@@ -123,16 +123,13 @@ def _automaton(rng: random.Random, steps: int) -> tuple[str, tuple[str, ...], st
 
 
 def _hops(rng: random.Random, length: int) -> tuple[str, tuple[str, ...], str]:
-    """Arrows in any order that make three ways of so many hops; the place on each way after 1, 2, ... of them.
-
-    The last arrow of a way leads from its end to itself, so a hop too many changes nothing.
-    """
+    """Arrows in any order that make three ways of so many hops; the place on each way after 1, 2, ... of them."""
     places = rng.sample(LETTERS, WAYS * (length + 1))
     ways = [places[i::WAYS] for i in range(WAYS)]
-    arrows = [f"{a}>{b}" for way in ways for a, b in pairwise([*way, way[-1]])]
+    arrows = [f"{a}>{b}" for way in ways for a, b in pairwise(way)]
     rng.shuffle(arrows)
-    text = f"{' '.join(arrows)}. Follow {' '.join(way[0] for way in ways)}."
-    stages = tuple(" ".join(f"{way[0]}>{way[i]}" for way in ways) for i in range(1, length + 1))
+    text = f"{', '.join(arrows)}. Follow {' '.join(way[0] for way in ways)}."
+    stages = tuple(", ".join(f"{way[0]}>{way[i]}" for way in ways) for i in range(1, length + 1))
     return text, stages, stages[-1]
 
 

@@ -48,11 +48,11 @@ class TrainingConfig:
     """
 
     steps: int = 15_000
-    batch_tokens: int = 3000  # of a batch, padding included; a family has as many rows as fit
+    batch_tokens: int = 3000  # of a batch, padding included; there are as many rows as fit
     learning_rate: float = 2e-3
     warmup: float = 0.02  # linear from zero
     decay: float = 0.4  # linear to zero, at the end
-    curriculum: float = 0.45  # the levels of each family join one by one, evenly over this first part
+    curriculum: float = 0.35  # the levels of each family join one by one over this first part
     early: float = 0.45
     random: float = 0.15
     extra: float = 2.0  # mean of the steps beyond those needed
@@ -92,9 +92,13 @@ class TrainingConfig:
         return self.learning_rate * min(1.0, up, down)
 
     def levels(self, family: str, step: int) -> tuple[int, ...]:
-        """The levels of a family that have joined by a step, easiest first."""
+        """The levels of a family that have joined by a step, easiest first.
+
+        Level i of n joins at sqrt(i / n) of the curriculum: the first one takes the longest, since there the step is
+        found that the others repeat.
+        """
         levels = tasks.FAMILIES[family]
-        joined = sum(i * self.curriculum * self.steps <= step * len(levels) for i in range(len(levels)))
+        joined = sum(math.sqrt(i / len(levels)) * self.curriculum * self.steps <= step for i in range(len(levels)))
         return levels[:joined]
 
 
@@ -148,9 +152,7 @@ class Batches:
 
     def __init__(self, config: TrainingConfig, mean_depth: float):
         self.config, self.mean_depth = config, mean_depth
-        hardest = {f: tasks.problems("heldout", 0, f, tasks.FAMILIES[f][-1]) for f in config.families}
-        longest = {f: max(len(p.prompt + p.target) for p in islice(stream, 64)) for f, stream in hardest.items()}
-        self.rows = {f: max(1, config.batch_tokens // length) for f, length in longest.items()}
+        self._longest: dict[tuple[str, int], int] = {}  # tokens of a line, by family and level
         self._pools: dict[int, tuple[int, list[list[tasks.Problem]]]] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +161,8 @@ class Batches:
         number, inside = divmod(turn, POOL)
         if self._pools.get(which, (-1, []))[0] != number:
             family, seed = config.families[which], f"{config.seed}.{which}.{number}"
-            levels, size = config.levels(family, step - inside * n), self.rows[family]
+            levels = config.levels(family, step - inside * n)
+            size = max(1, config.batch_tokens // max(self._length(family, level) for level in levels))
             streams = [tasks.problems("train", seed, family, level) for level in levels]
             rng = random.Random(seed)
             drawn = [next(rng.choice(streams)) for _ in range(POOL * size)]
@@ -171,6 +174,13 @@ class Batches:
         generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003 + step)
         depths = self._depths(problems, generator)
         return *batch_of(problems, depths.tolist() if config.staged else None), depths
+
+    def _length(self, family: str, level: int) -> int:
+        """The longest line among some problems of a level."""
+        if (family, level) not in self._longest:
+            some = islice(tasks.problems("heldout", 0, family, level), 64)
+            self._longest[family, level] = max(len(p.prompt + p.target) for p in some)
+        return self._longest[family, level]
 
     def _depths(self, problems: list[tasks.Problem], generator: torch.Generator) -> Tensor:
         """How deep each row goes, (B,) int64: by the paper's rule, or by what the problem needs."""

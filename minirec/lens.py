@@ -1,0 +1,132 @@
+"""Looking inside the loop: where the state goes, and what could be read from it on the way.
+
+    trajectory          s_0 .. s_r             every state that a token passes through
+    relative_change     |s_k - s_(k-1)|/|s_k|  how far each step moves it
+    distance_to_end     |s_k - s_r|            how far it still is from where it ends: the convergence map
+    coda_lens           C(s_k)                 what the model would say if it stopped here
+    logit_lens          head(ln_f(s_k))        the same without the coda blocks: a state read in the wrong place
+    settled             from which step on the most likely token never changes again
+    principal_components                       the two or three directions in which states differ most, for pictures
+
+The coda is trained to read states of the loop, whatever their depth; the head is trained to read what the coda
+blocks make of them.  So the coda lens is the model's own reader, and the logit lens is a guess that happens to work
+in ordinary transformers.  Lu et al. (arXiv 2507.02199) compare the two on Huginn-0125; maps and paths are those of
+arXiv 2502.05171, section 7.  States are raw, before ln_f, and the step is always the first axis.
+Notebook: 03_thinking_longer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minirec.recurrent_block import RecurrentDepthLM
+
+
+@torch.inference_mode()
+def trajectory(
+    model: RecurrentDepthLM,
+    tokens: Tensor,
+    num_steps: int | None = None,
+    seed: int | Tensor = 0,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+) -> Tensor:
+    """The states s_0 .. s_r of every token: tokens (B, T) int64 -> (num_steps + 1, B, T, d), raw, before ln_f.
+
+    num_steps None is the config's mean_recurrence.  s_0 is `model.initial_state` with this seed and scale, or `state`
+    (B, T, d).  With the defaults the last state is `model(tokens, num_steps).state`.  ValueError as for the model.
+    """
+    config = model.config
+    if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= config.block_size:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}; it must be (B, T) with T from 1 to {config.block_size}"
+        )
+    num_steps = config.mean_recurrence if num_steps is None else num_steps
+    if num_steps < 0:
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
+    e = model.prelude(tokens)  # (B, T, d)
+    if state is None:
+        state = model.initial_state(torch.arange(tokens.shape[1], device=e.device), seed=seed, scale=scale)
+    states = e.new_empty(num_steps + 1, *e.shape)  # (r + 1, B, T, d)
+    states[0] = state
+    for k in range(num_steps):
+        states[k + 1] = model.recur(states[k], e)
+    return states
+
+
+@torch.inference_mode()
+def relative_change(states: Tensor) -> Tensor:
+    """How far each step moves the state: (r + 1, ..., d) -> (r, ...), |s_k - s_(k-1)| / |s_k| for k = 1..r.
+
+    What the exit criterion of arXiv 2510.14961 (appendix A.1, algorithm 2) compares with its threshold.
+    """
+    return (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1)
+
+
+@torch.inference_mode()
+def distance_to_end(states: Tensor) -> Tensor:
+    """How far each state is from the last one: (r + 1, ..., d) -> (r + 1, ...), |s_k - s_r|.
+
+    Drawn as tokens x steps this is the convergence map of arXiv 2502.05171, figure 11.
+    """
+    return (states - states[-1]).norm(dim=-1)
+
+
+@torch.inference_mode()
+def coda_lens(model: RecurrentDepthLM, states: Tensor) -> Tensor:
+    """What the model would say at each state: (..., B, T, d) -> logits (..., B, T, V), float32 or wider.
+
+    The coda's blocks attend, so the states of all positions of a sequence are read together, step by step.
+    """
+    return _by_step(model.coda, states)
+
+
+@torch.inference_mode()
+def logit_lens(model: RecurrentDepthLM, states: Tensor) -> Tensor:
+    """ln_f and the head alone, no coda block: (..., B, T, d) -> logits (..., B, T, V), float32 or wider.
+
+    The lens that reads the layers of ordinary transformers, as in Lu et al. (arXiv 2507.02199).
+    """
+
+    def read(s: Tensor) -> Tensor:
+        logits = model.lm_head(model.transformer.ln_f(s))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    return _by_step(read, states)
+
+
+def _by_step(read, states: Tensor) -> Tensor:
+    """Apply `read` (B, T, d) -> (B, T, V) to one step after another: (..., B, T, d) -> (..., B, T, V)."""
+    if states.dim() < 3:
+        raise ValueError(f"states has shape {tuple(states.shape)}; it must be (..., B, T, d)")
+    logits = torch.stack([read(s) for s in states.reshape(-1, *states.shape[-3:])])  # (steps, B, T, V)
+    return logits.view(*states.shape[:-1], -1)
+
+
+@torch.inference_mode()
+def settled(guesses: Tensor) -> Tensor:
+    """The first step, from 1, after which a guess never changes again: guesses (r, ...) int64 -> (...) int64.
+
+    guesses: the argmax of a lens after steps 1..r.  A guess that changes in the last step has settled at r.
+    """
+    steps = torch.arange(1, len(guesses) + 1, device=guesses.device).view(-1, *[1] * (guesses.dim() - 1))
+    return ((guesses != guesses[-1]) * steps).amax(dim=0) + 1  # one more than the last step that was not the end
+
+
+@torch.inference_mode()
+def principal_components(states: Tensor, n: int = 2) -> Tensor:
+    """The coordinates of states (..., d) along the n directions in which they differ most: (..., n), widest first.
+
+    Centred over all leading axes, then a singular value decomposition.  Its signs are free; here the largest weight
+    of every direction is positive.  ValueError if there are no n directions.  As in arXiv 2502.05171, figure 12.
+    """
+    rows = states.reshape(-1, states.shape[-1])  # (N, d)
+    if not 1 <= n <= min(rows.shape):
+        raise ValueError(
+            f"n is {n}; {len(rows)} states of width {rows.shape[1]} have 1 to {min(rows.shape)} directions"
+        )
+    rows = rows - rows.mean(dim=0)
+    directions = torch.linalg.svd(rows, full_matrices=False).Vh[:n]  # (n, d)
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))  # (n, 1)
+    return (rows @ (directions * largest.sign()).T).view(*states.shape[:-1], n)
