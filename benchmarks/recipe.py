@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from depth import exact_by_depth
 from timing import in_words, machine, table, write_json
 
 from minirec import RecurrentConfig, RecurrentDepthLM, tasks, training
@@ -47,7 +48,7 @@ VARIANTS = {
 }
 
 
-def run(name: str, steps: int, seed: int) -> dict:
+def run(name: str, steps: int, seed: int, n: int) -> dict:
     """Train one variant and measure it; returns exact match by level and depth."""
     changes, shape, identity = VARIANTS[name]
     config = TrainingConfig(
@@ -61,11 +62,11 @@ def run(name: str, steps: int, seed: int) -> dict:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         log = training.train(model, config, folder)
-    exact = {}
+    minutes, exact = (time.perf_counter() - started) / 60, {}
     for level in tasks.FAMILIES[FAMILY]:
-        problems = tasks.heldout(200, family=FAMILY, level=level)
-        exact[level] = [training.exact_match(model, problems, depth) for depth in DEPTHS]
-    return {"minutes": (time.perf_counter() - started) / 60, "loss": log[-1]["loss"], "exact_match": exact}
+        by_depth = exact_by_depth(model, tasks.heldout(n, family=FAMILY, level=level), DEPTHS)
+        exact[level] = list(by_depth.values())
+    return {"minutes": minutes, "loss": log[-1]["loss"], "exact_match": exact}
 
 
 def solved_at(curve: list[float]) -> str:
@@ -74,25 +75,27 @@ def solved_at(curve: list[float]) -> str:
     return f"r = {depth}" if depth else f"({max(curve):.0%})"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--problems", type=int, default=200, help="of each level, to measure on (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="keep the numbers here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     kept = {"machine": machine(), "steps": args.steps, "seed": args.seed, "depths": list(DEPTHS), "runs": {}}
     if args.json and Path(args.json).exists():
         kept = json.loads(Path(args.json).read_text())
         if (kept["steps"], kept["seed"]) != (args.steps, args.seed):
-            raise SystemExit(f"{args.json} holds runs of {kept['steps']} steps and seed {kept['seed']}")
-    print(f"{in_words(kept['machine'])}\n{args.steps} steps, family {FAMILY}, 200 held-out problems a level.\n")
+            parser.error(f"{args.json} holds runs of {kept['steps']} steps and seed {kept['seed']}")
+    print(in_words(kept["machine"]))
+    print(f"{args.steps} steps, family {FAMILY}, {args.problems} held-out problems a level.\n")
     levels = tasks.FAMILIES[FAMILY]
     for name in args.only:
         if name not in kept["runs"]:
-            kept["runs"][name] = json.loads(json.dumps(run(name, args.steps, args.seed)))
+            kept["runs"][name] = json.loads(json.dumps(run(name, args.steps, args.seed, args.problems)))
             if args.json:
                 write_json(args.json, kept)
     rows = []

@@ -1,5 +1,6 @@
 """The benchmarks run, print what they say, and time what they say; how long anything took is not looked at."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from minirec import RecurrentConfig, RecurrentDepthLM, tasks
 from minirec.decoding import Generation, Grid
+from minirec.training import TrainingConfig, exact_match
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -96,10 +98,10 @@ def test_overhead_reports_every_measurement(overhead, overhead_run):
 
 def test_overhead_counts_the_keys_and_values_that_a_token_reads(overhead_run):
     full, shared = (overhead_run[1]["growth"][kv] for kv in ("full", "shared"))
-    # one prelude, one coda and 8 x 2 core layers; keys and values; d = 96; 4 bytes; 40 or 400 positions
-    calls = [18 * 2 * 96 * 4 * position / 1e6 for position in (40, 400)]
+    # one prelude, one coda and 12 core layers; keys and values; d = 96; 4 bytes; 40 or 400 positions
+    calls = [14 * 2 * 96 * 4 * position / 1e6 for position in (40, 400)]
     assert full["kv_mb_read"] == shared["kv_mb_read"] == full["kv_mb_distinct"] == pytest.approx(calls)
-    assert shared["kv_mb_distinct"] == pytest.approx([calls[0] * 4 / 18, calls[1] * 4 / 18])
+    assert shared["kv_mb_distinct"] == pytest.approx([calls[0] * 3 / 14, calls[1] * 3 / 14])
 
 
 def test_profile_adds_up_and_finds_every_part(overhead, overhead_run):
@@ -199,21 +201,21 @@ def test_samplers_reports_every_setting_from_one_run(samplers, samplers_run):
     text, written = samplers_run
     rows = written["rows"]
     ((_, *printed),) = tables(text)
-    assert [row[0] for row in printed] == list(rows) == list(samplers.samplers(8))
+    assert [row[0] for row in printed] == list(rows) == list(samplers.samplers(12))
     assert samplers.DEFAULTS in rows
     for options in ("inner_steps 4, exit_threshold 0.3", "max_wavefront 1", "schedule fixed", "freeze last"):
         assert f"diffusion forcing, {options}" in rows
-    reference = rows[samplers.at_depth(8)]
+    reference = rows[samplers.at_depth(12)]
     assert reference["same_tokens"] == reference["speed_up_in_all"] == 1
     assert set(reference["speed_up"].values()) == {1}
-    for depth in (1, 2, 3, 4, 8):
+    for depth in (1, 2, 3, 4, 12):
         row = rows[samplers.at_depth(depth)]
         assert row["passes_per_token"] == depth and row["decodes_per_token"] == 1
     counts = ("correct", "whole_text", "same_tokens", "passes_per_token", "row_steps_per_token", "decodes_per_token")
     again = rows["diffusion forcing, max_wavefront 128"]  # the default, spelled out
     assert all(again[key] == rows[samplers.DEFAULTS][key] for key in counts)
     depth = written["defaults_against_smallest_full_depth"]["depth"]
-    assert depth in (1, 2, 3, 4, 8) and f"Smallest depth with the full accuracy: r = {depth}" in text
+    assert depth in (1, 2, 3, 4, 12) and f"Smallest depth with the full accuracy: r = {depth}" in text
 
 
 def test_summary_of_made_up_results(samplers):
@@ -242,9 +244,75 @@ def test_smallest_full_depth_allows_half_a_point(samplers):
         ("overhead", ["--tokens", "17"], "--tokens is 17; it must be at least 18"),
         ("overhead", ["--repeat", "0"], "--repeat is 0; it must be at least 1"),
         ("samplers", ["--problems", "0"], "--problems is 0; it must be at least 1"),
+        ("samplers", ["--level", "1"], "level is 1; in split 'heldout' family 'words' has levels (2, 3, 4, 5, 6)"),
+        ("depth", ["--problems", "0"], "--problems is 0; it must be at least 1"),
     ],
 )
 def test_bad_arguments_are_said(name, arguments, says, request, capsys):
     with pytest.raises(SystemExit):
         request.getfixturevalue(name).main(arguments)
     assert says in capsys.readouterr().err
+
+
+# --- depth.py and recipe.py ---
+
+
+@pytest.fixture(scope="module")
+def depth(scripts):
+    return importlib.import_module("depth")
+
+
+@pytest.fixture(scope="module")
+def recipe(scripts):
+    return importlib.import_module("recipe")
+
+
+def test_exact_match_by_depth_is_that_of_training(depth):
+    model, problems = RecurrentDepthLM.from_pretrained("tiny"), tasks.heldout(6, family="automaton", level=2)
+    by_depth = depth.exact_by_depth(model, problems, (1, 2, 5))
+    assert by_depth == {r: exact_match(model, problems, r) for r in (1, 2, 5)}
+    assert by_depth[1] < by_depth[5]
+
+
+def test_depth_reports_every_level(depth, tmp_path, monkeypatch):
+    monkeypatch.setattr(depth, "THRESHOLDS", (0.2,))
+    monkeypatch.setattr(depth, "DEPTHS", (1, 12))
+    text, written = run(depth, ["--problems", "2", "--families", "hops", "--figure", str(tmp_path / "d.png")], tmp_path)
+    names = [f"hops {level}" for level in tasks.FAMILIES["hops"]] + [f"hops {level}*" for level in tasks.HARDER["hops"]]
+    assert list(written["levels"]) == names
+    assert [[row[0] for row in rows] for _, *rows in tables(text)] == [names, names, names, names[:-3], names]
+    for level in written["levels"].values():
+        assert list(level["exact_match"]) == ["1", "12"] and len(level["relative_change"]) == 12
+        for kv in ("full", "shared"):
+            always = level.get("exits", {}).get(f"{kv}, 0.0")
+            assert always is None or always["depth"] == always["computed"] == 12, "threshold 0 never leaves early"
+    assert (tmp_path / "d.png").stat().st_size > 1000
+
+
+def test_recipe_keeps_what_it_has_run(recipe, tmp_path, monkeypatch):
+    names = list(recipe.VARIANTS)[:2]
+    arguments = ["--steps", "1", "--problems", "2", "--only"]
+    monkeypatch.setattr(recipe, "DEPTHS", (1, 2))
+    first, written = run(recipe, [*arguments, names[0]], tmp_path)
+    assert list(written["runs"]) == names[:1]
+    text, written = run(recipe, [*arguments, *names], tmp_path)
+    ((_, *rows),) = tables(text)
+    assert [row[0] for row in rows] == list(written["runs"]) == names
+    assert rows[0] == tables(first)[0][1], "not run again"
+    with pytest.raises(SystemExit):
+        run(recipe, ["--steps", "2", "--only", names[0]], tmp_path)
+
+
+def test_a_level_is_solved_at_the_smallest_depth_that_reaches_nine_tenths(recipe):
+    curve = [0.0] * len(recipe.DEPTHS)
+    assert recipe.solved_at([*curve[:-1], 0.25]) == "(25%)"
+    curve[3:6] = [0.9, 0.5, 0.95]
+    assert recipe.solved_at(curve) == "r = 4"
+
+
+def test_every_variant_of_the_recipe_can_be_built(recipe):
+    fields = {f.name for f in dataclasses.fields(TrainingConfig)}
+    for changes, shape, identity in recipe.VARIANTS.values():
+        assert changes.keys() <= fields and 0 <= identity <= 1
+        TrainingConfig(**changes)
+        dataclasses.replace(RecurrentConfig.preset("tiny"), **shape)
