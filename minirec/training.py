@@ -35,24 +35,27 @@ from minirec.recurrent_block import RecurrentDepthLM
 from minirec.tokenizer import PAD
 
 IGNORE = -100  # label of a position that carries no loss
-POOL = 16  # batches drawn at once and sorted by length, so that a batch holds problems of one size
+POOL = 16  # rounds of batches drawn at once and sorted by length, so that a batch holds problems of one size
 
 
 @dataclass
 class TrainingConfig:
     """How to train; the defaults are those of the shipped model.
 
-    `steps` are optimiser steps, taken by the families in turn; `warmup`, `decay` and `curriculum` are fractions of
-    them.  `random`, `early` and the rest that they leave of 1 are the shares of rows whose depth is drawn by the
-    paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson number more.
+    `steps` are optimiser steps; `warmup`, `decay`, `joining` and `curriculum` are fractions of them.  `families` are
+    taken in turn, a batch each.  `random`, `early` and what they leave of 1 are the shares of rows whose depth is
+    drawn by the paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson
+    number more; a problem that needs a single step has no early rows.
     """
 
-    steps: int = 15_000
+    steps: int = 11_000
     batch_tokens: int = 3000  # of a batch, padding included; there are as many rows as fit
     learning_rate: float = 2e-3
     warmup: float = 0.02  # linear from zero
     decay: float = 0.4  # linear to zero, at the end
-    curriculum: float = 0.35  # the levels of each family join one by one over this first part
+    families: tuple[str, ...] = ("hops", "automaton", "words", "hops", "words")
+    joining: float = 0.18  # the families join one after the other, in this order, over this first part
+    curriculum: float = 0.3  # and from then on the levels of each, one by one over so much of the run
     early: float = 0.45
     random: float = 0.15
     extra: float = 2.0  # mean of the steps beyond those needed
@@ -60,7 +63,6 @@ class TrainingConfig:
     weight_decay: float = 0.05
     gradient_clip: float = 1.0
     seed: int = 0
-    families: tuple[str, ...] = ("words", "automaton", "words", "hops", "hops")
     log_every: int = 50
     evaluate_every: int = 1000
     evaluate_on: int = 64  # held-out problems
@@ -73,7 +75,7 @@ class TrainingConfig:
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("warmup", "decay", "curriculum", "early", "random", "weight_decay"):
+        for name in ("warmup", "decay", "joining", "curriculum", "early", "random", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.early + self.random > 1:
@@ -91,15 +93,21 @@ class TrainingConfig:
         down = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.learning_rate * min(1.0, up, down)
 
-    def levels(self, family: str, step: int) -> tuple[int, ...]:
-        """The levels of a family that have joined by a step, easiest first.
+    def joins(self, family: str) -> float:
+        """The step at which a family joins."""
+        order = list(dict.fromkeys(self.families))
+        return order.index(family) / max(1, len(order) - 1) * self.joining * self.steps
 
-        Level i of n joins at sqrt(i / n) of the curriculum: the first one takes the longest, since there the step is
-        found that the others repeat.
-        """
-        levels = tasks.FAMILIES[family]
-        joined = sum(math.sqrt(i / len(levels)) * self.curriculum * self.steps <= step for i in range(len(levels)))
-        return levels[:joined]
+    def family(self, step: int) -> str:
+        """Whose turn a step is."""
+        turns = [f for f in self.families if self.joins(f) <= step]
+        return turns[step % len(turns)]
+
+    def levels(self, family: str, step: int) -> tuple[int, ...]:
+        """The levels of a family that have joined by a step, easiest first, one at least."""
+        levels, since = tasks.FAMILIES[family], step - self.joins(family)
+        joined = sum(i * self.curriculum * self.steps <= since * len(levels) for i in range(len(levels)))
+        return levels[: max(1, joined)]
 
 
 def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: float = 0.5) -> Tensor:
@@ -153,24 +161,24 @@ class Batches:
     def __init__(self, config: TrainingConfig, mean_depth: float):
         self.config, self.mean_depth = config, mean_depth
         self._longest: dict[tuple[str, int], int] = {}  # tokens of a line, by family and level
-        self._pools: dict[int, tuple[int, list[list[tasks.Problem]]]] = {}
+        self._pools: dict[str, tuple[int, list[list[tasks.Problem]]]] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        config, n = self.config, len(self.config.families)
-        turn, which = divmod(step, n)
-        number, inside = divmod(turn, POOL)
-        if self._pools.get(which, (-1, []))[0] != number:
-            family, seed = config.families[which], f"{config.seed}.{which}.{number}"
-            levels = config.levels(family, step - inside * n)
+        config = self.config
+        family, window = config.family(step), POOL * len(config.families)
+        number = step // window
+        turns = [s for s in range(number * window, (number + 1) * window) if config.family(s) == family]
+        if self._pools.get(family, (-1, []))[0] != number:
+            seed, levels = f"{config.seed}.{number}", config.levels(family, turns[0])
             size = max(1, config.batch_tokens // max(self._length(family, level) for level in levels))
             streams = [tasks.problems("train", seed, family, level) for level in levels]
-            rng = random.Random(seed)
-            drawn = [next(rng.choice(streams)) for _ in range(POOL * size)]
+            rng = random.Random(f"{family} {seed}")
+            drawn = [next(rng.choice(streams)) for _ in range(len(turns) * size)]
             drawn.sort(key=lambda p: len(p.prompt + p.target))
-            batches = [drawn[i * size : (i + 1) * size] for i in range(POOL)]
+            batches = [drawn[i * size : (i + 1) * size] for i in range(len(turns))]
             rng.shuffle(batches)
-            self._pools[which] = (number, batches)
-        problems = self._pools[which][1][inside]
+            self._pools[family] = (number, batches)
+        problems = self._pools[family][1][turns.index(step)]
         generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003 + step)
         depths = self._depths(problems, generator)
         return *batch_of(problems, depths.tolist() if config.staged else None), depths
@@ -189,7 +197,7 @@ class Batches:
         early = 1 + (share * needed).long()
         beyond = needed + torch.poisson(torch.full(needed.shape, self.config.extra), generator=generator).long()
         paper = sample_depth(self.mean_depth, generator, len(problems))
-        depths = torch.where(kind < self.config.early, early, beyond)
+        depths = torch.where((kind < self.config.early) & (needed > 1), early, beyond)
         return torch.where(kind >= 1 - self.config.random, paper, depths)
 
 
