@@ -197,7 +197,7 @@ def train(args: argparse.Namespace) -> None:
     model = RecurrentDepthLM(shape).to(args.device)
     model.generation_config = {
         "eos_token_id": [END],
-        "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.2},
+        "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.2, "kv": "full"},
     }
     try:
         log = training.train(model, config, args.out)

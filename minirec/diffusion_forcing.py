@@ -17,7 +17,9 @@ not wait for a token to be finished: let the next position start from the guess,
 | `exit_threshold` | epsilon | 0.03 | | `noise` | beta_t | 0 |
 | `headway` | headway | 1 |         | `momentum` | eta | 0.1 |
 
-A checkpoint's generation config may set other defaults (key "diffusion_forcing").
+A checkpoint's generation config may set other defaults (key "diffusion_forcing").  One slot of keys and values per
+layer is the paper's; it suits a model whose steps refine one and the same thing.  A model that does another thing in
+every step, like the shipped one, has to read what the others were at the same step: its default is kv="full".
 
 **When a position is settled.**  Adaptive schedule: its state moved by less than epsilon, relative to its norm, in
 this outer step, or it has run num_steps steps since its own token last changed.  That cap, our addition, bounds
@@ -52,7 +54,7 @@ from torch import Tensor
 from minirec.decoding import Generation, Grid, check_counts
 from minirec.recurrent_block import RecurrentDepthLM
 
-PAPER = {"inner_steps": 4, "exit_threshold": 0.03}  # arXiv 2510.14961, section 5
+PAPER = {"inner_steps": 4, "exit_threshold": 0.03, "kv": "shared"}  # arXiv 2510.14961, section 5
 
 
 def blend(e: Tensor, previous: Tensor, momentum: Tensor) -> Tensor:
@@ -82,15 +84,15 @@ def generate(
     max_wavefront: int = 128,
     noise: float = 0.0,
     momentum: float = 0.1,
-    kv: str = "shared",
+    kv: str | None = None,
     **options,
 ) -> Generation | list[Generation]:
     """Continue a prompt (list or 1-D tensor of ids), or a batch of prompts, a wavefront of positions at a time.
 
     num_steps: recurrence steps of the prompt, and the most any position runs on one token (None: the config's
-    mean_recurrence).  inner_steps, exit_threshold: None for the checkpoint's defaults, else the paper's.  kv: one
-    shared slot by default, as in the paper.  With "full" a position at depth k reads step k of those before it,
-    which may date from an earlier guess.  options: those of `minirec.decoding.Options`.  Returns a Generation, or
+    mean_recurrence).  inner_steps, exit_threshold, kv: None for the checkpoint's defaults, else the paper's.  kv
+    "shared" lets a position read the latest step of those before it; with "full" a position at depth k reads their
+    step k, which may date from an earlier guess.  options: those of `minirec.decoding.Options`.  Returns a Generation, or
     a list of them for a batch, each row's independent of the others.  A bad argument is a ValueError.
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
@@ -98,6 +100,7 @@ def generate(
     check_counts(num_steps=r, headway=headway, max_wavefront=max_wavefront)
     inner = min(settings["inner_steps"], r) if inner_steps is None else inner_steps
     threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
+    kv = settings["kv"] if kv is None else kv
     _check(r, inner, threshold, schedule, freeze, noise, momentum)
     grid = Grid(model, prompt, max_new_tokens, r, spare=min(max_wavefront, max_new_tokens), kv=kv, **options)
     embedding, eta = torch.zeros_like(grid.state), torch.zeros_like(grid.state[..., 0])  # (B, L, d), (B, L)

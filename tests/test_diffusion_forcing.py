@@ -406,13 +406,16 @@ def test_noise_is_seeded(small_model):
 
 def test_the_checkpoints_own_settings_are_the_default(small_model, monkeypatch):
     model = small_model(3)
+    papers = dict(inner_steps=4, exit_threshold=0.03, kv="shared")
     paper = diffusion_forcing.generate(model, [3, 1], 10)
-    assert paper == diffusion_forcing.generate(model, [3, 1], 10, inner_steps=4, exit_threshold=0.03)
-    monkeypatch.setattr(model, "generation_config", {"diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.5}})
+    assert paper == diffusion_forcing.generate(model, [3, 1], 10, **papers)
+    given = dict(inner_steps=1, exit_threshold=0.5, kv="full")
+    monkeypatch.setattr(model, "generation_config", {"diffusion_forcing": given})
     own = diffusion_forcing.generate(model, [3, 1], 10)
-    assert own != paper
-    assert own == diffusion_forcing.generate(model, [3, 1], 10, inner_steps=1, exit_threshold=0.5)
-    assert paper == diffusion_forcing.generate(model, [3, 1], 10, inner_steps=4, exit_threshold=0.03)
+    assert own == diffusion_forcing.generate(model, [3, 1], 10, **given)
+    for name, value in papers.items():
+        assert own != diffusion_forcing.generate(model, [3, 1], 10, **{name: value}), f"{name} makes no difference here"
+    assert paper == diffusion_forcing.generate(model, [3, 1], 10, **papers)
 
 
 @pytest.mark.parametrize(
