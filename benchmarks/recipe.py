@@ -93,9 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         if (kept["steps"], kept["seed"]) != (args.steps, args.seed):
             parser.error(f"{args.json} holds runs of {kept['steps']} steps and seed {kept['seed']}")
     print(in_words(kept["machine"]))
-    print(
-        f"{args.steps} steps, family {FAMILY}, levels {LEVELS[0]} to {LEVELS[-1]}, {args.problems} held-out problems a level.\n"
-    )
+    setting = f"{args.steps} steps, family {FAMILY}, levels {LEVELS[0]} to {LEVELS[-1]}"
+    print(f"{setting}, {args.problems} held-out problems a level.\n")
     for name in args.only:
         if name not in kept["runs"]:
             kept["runs"][name] = json.loads(json.dumps(run(name, args.steps, args.seed, args.problems)))
