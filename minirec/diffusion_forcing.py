@@ -92,8 +92,8 @@ def generate(
     num_steps: recurrence steps of the prompt, and the most any position runs on one token (None: the config's
     mean_recurrence).  inner_steps, exit_threshold, kv: None for the checkpoint's defaults, else the paper's.  kv
     "shared" lets a position read the latest step of those before it; with "full" a position at depth k reads their
-    step k, which may date from an earlier guess.  options: those of `minirec.decoding.Options`.  Returns a Generation, or
-    a list of them for a batch, each row's independent of the others.  A bad argument is a ValueError.
+    step k, which may date from an earlier guess.  options: those of `minirec.decoding.Options`.  Returns a
+    Generation, or a list of them for a batch, each row's independent of the others.  A bad argument is a ValueError.
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
     r = model.config.mean_recurrence if num_steps is None else num_steps
