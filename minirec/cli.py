@@ -190,12 +190,12 @@ def train(args: argparse.Namespace) -> None:
     config = training.TrainingConfig(**{f.name: getattr(args, f.name) for f in fields})
     special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
     shape = dataclasses.replace(RecurrentConfig.preset(args.preset), **special)
-    if not args.out.exists():
-        args.out.mkdir(parents=True)
-    _check_writable(args.out, args.out)
     torch.manual_seed(args.seed)
     start = getattr(args, "start", None)
     model = checkpoint.load(start, device=args.device) if start else RecurrentDepthLM(shape).to(args.device)
+    if not args.out.exists():
+        args.out.mkdir(parents=True)
+    _check_writable(args.out, args.out)
     model.generation_config = {
         "eos_token_id": [END],
         "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.2, "kv": "full"},
@@ -412,7 +412,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, default=ABSENT, metavar="FOLDER", help="for log and checkpoint")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="shape of the model")
-    p.add_argument("--start", default=ABSENT, metavar="MODEL", help="begin with the weights of this model, not anew")
+    p.add_argument(
+        "--start", default=ABSENT, metavar="MODEL", help="begin with this model's weights and shape, not anew"
+    )
     for f in dataclasses.fields(training.TrainingConfig):
         kind = {"nargs": "+"} if f.name == "families" else {"type": type(f.default)}
         kind = {"type": _whole(0)} if f.name == "seed" else kind
