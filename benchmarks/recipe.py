@@ -1,6 +1,6 @@
 """What makes the loop of a tiny model be used: one short training run for every change of the recipe.
 
-    python benchmarks/recipe.py [--only NAME ...] [--steps 2000] [--json FILE]
+    python benchmarks/recipe.py [--only NAME ...] [--steps 1000] [--json FILE]
 
 Every run trains the shipped model's shape on the cellular automaton alone, levels 1 to 4, from the same seed, and is
 then asked for the row after s steps at depths 1 to 24.  A level is solved at the smallest depth that gets 90 % of the
@@ -38,15 +38,15 @@ VARIANTS = {
     "the recipe": ({}, {}, 0.0),
     "depth by the paper's rule, always the answer": (PAPER, {}, 0.0),
     "depth by difficulty, always the answer": (NEEDED, {}, 0.0),
-    "the same, identity in the adapter": (NEEDED, {}, 1.0),
     "the recipe without stages: early rows are asked for the answer": ({"staged": False}, {}, 0.0),
+    "depth by difficulty, always the answer, identity in the adapter": (NEEDED, {}, 1.0),
     "the recipe, recurrent block of 2 layers": ({}, {"n_layers_in_recurrent_block": 2}, 0.0),
-    "the recipe without a curriculum": ({"curriculum": 0.0}, {}, 0.0),
-    "the recipe, gradients through 2 steps": ({}, {"mean_backprop_depth": 2}, 0.0),
+    "the recipe, levels join one by one": ({"curriculum": 0.4}, {}, 0.0),
     "the recipe, half the learning rate": ({"learning_rate": 1e-3}, {}, 0.0),
+    "the recipe, gradients through 2 steps": ({}, {"mean_backprop_depth": 2}, 0.0),
     "the recipe, identity in the adapter": ({}, {}, 1.0),
-    "depth by difficulty, always the answer, twice the steps": (NEEDED | {"steps": 4000}, {}, 0.0),
     "the recipe, prelude and coda of 2 layers": ({}, {"n_layers_in_prelude": 2, "n_layers_in_coda": 2}, 0.0),
+    "depth by difficulty, always the answer, 3 times the steps": (NEEDED | {"steps": 3000}, {}, 0.0),
 }
 
 
@@ -54,7 +54,15 @@ def run(name: str, steps: int, seed: int, n: int) -> dict:
     """Train one variant and measure it; returns exact match by level and depth."""
     changes, shape, identity = VARIANTS[name]
     config = TrainingConfig(
-        **{"steps": steps, "batch_tokens": 1500, "seed": seed, "families": (FAMILY,), "evaluate_every": steps} | changes
+        **{
+            "steps": steps,
+            "batch_tokens": 2400,
+            "curriculum": 0.0,
+            "seed": seed,
+            "families": (FAMILY,),
+            "evaluate_every": steps,
+        }
+        | changes
     )
     torch.manual_seed(seed)
     model = RecurrentDepthLM(dataclasses.replace(RecurrentConfig.preset("tiny"), **shape))
@@ -80,7 +88,7 @@ def solved_at(curve: list[float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--problems", type=int, default=200, help="of each level, to measure on (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,34 @@ def small_model():
 def distance():
     """Relative Frobenius distance of a tensor from the one that is right."""
     return lambda ours, right: ((ours - right).norm() / right.norm()).item()
+
+
+RULE_30 = {"111": "0", "110": "0", "101": "0", "100": "1", "011": "1", "010": "1", "001": "1", "000": "0"}
+
+
+@pytest.fixture(scope="session")
+def stages_by_hand():
+    """`stages_by_hand(text)`: the words of an automaton or hops problem's answer after each step, from its text alone.
+
+    Only the words count: the tokenizer drops the arrows, so a text that it gave back has none.
+    """
+
+    def work_out(text: str) -> list[list[str]]:
+        words = re.findall(r"\w+", text)
+        if words[0] == "Run":
+            _, steps, _, _, row = words
+            rows = [row]
+            for _ in range(int(steps)):
+                before = "00" + rows[-1]  # a cell hangs on the two before it and on itself
+                rows.append("".join(RULE_30[before[i : i + 3]] for i in range(len(row))))
+            return [[row] for row in rows[1:]]
+        follow = words.index("Follow")
+        starts = words[follow + 1 :]
+        next_of = dict(zip(words[:follow:2], words[1:follow:2], strict=True))
+        at, stages = starts, []
+        while any(place in next_of for place in at):
+            at = [next_of[place] for place in at]  # a KeyError where one way is longer than another
+            stages.append([place for pair in zip(starts, at, strict=True) for place in pair])
+        return stages
+
+    return work_out

@@ -208,14 +208,14 @@ def test_samplers_reports_every_setting_from_one_run(samplers, samplers_run):
     reference = rows[samplers.at_depth(12)]
     assert reference["same_tokens"] == reference["speed_up_in_all"] == 1
     assert set(reference["speed_up"].values()) == {1}
-    for depth in (1, 2, 3, 4, 12):
+    for depth in (*samplers.DEPTHS, 12):
         row = rows[samplers.at_depth(depth)]
         assert row["passes_per_token"] == depth and row["decodes_per_token"] == 1
     counts = ("correct", "whole_text", "same_tokens", "passes_per_token", "row_steps_per_token", "decodes_per_token")
     again = rows["diffusion forcing, max_wavefront 128"]  # the default, spelled out
     assert all(again[key] == rows[samplers.DEFAULTS][key] for key in counts)
     depth = written["defaults_against_smallest_full_depth"]["depth"]
-    assert depth in (1, 2, 3, 4, 12) and f"Smallest depth with the full accuracy: r = {depth}" in text
+    assert depth in (*samplers.DEPTHS, 12) and f"Smallest depth with the full accuracy: r = {depth}" in text
 
 
 def test_summary_of_made_up_results(samplers):

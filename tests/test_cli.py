@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from minirec.kv_cache import bytes_per_token
 from minirec.tokenizer import BEGIN, task_tokenizer
 
 STORY = "Mia has 12 pears. First Mia buys 5 more pears. How many pears does Mia have?"
-FEW_STEPS = "--steps 3 --batch-size 4 --evaluate-on 4 --log-every 1 --save-every 1".split()
+FEW_STEPS = "--steps 3 --batch-tokens 250 --evaluate-on 4 --log-every 1 --save-every 1 --families words hops".split()
 
 
 @pytest.fixture
@@ -236,14 +237,15 @@ def assert_same_weights(a, b):
 def test_train_leaves_a_checkpoint_that_generate_reads(minirec_, tmp_path):
     code, out, _ = minirec_("train", "--out", tmp_path / "run", *FEW_STEPS)
     assert code == 0
-    assert re.search(r"3 steps in \d+\.\d minutes: .* right on \d+% of 4 held-out problems", out)
+    measured = r"whole solution right on 4 held-out problems each: words \d+%, hops \d+%\n"
+    assert re.search(rf"^3 steps in \d+\.\d minutes: loss \d+\.\d+, {measured}", out)
     made = tmp_path / "run" / "checkpoint"
     assert {p.name for p in made.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"
     }  # fmt: skip
     model = checkpoint.load(made)
     assert model.generation_config["eos_token_id"] == [2]
-    assert model.generation_config["diffusion_forcing"] == {"inner_steps": 1, "exit_threshold": 0.2}
+    assert model.generation_config["diffusion_forcing"] == {"inner_steps": 1, "exit_threshold": 0.2, "kv": "full"}
     assert minirec_("generate", "--model", made, "--max-new-tokens", 4, STORY)[0] == 0
 
 
@@ -259,35 +261,85 @@ def test_train_passes_every_setting_on(minirec_, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append((model, config)) or interrupt())
     fields = dataclasses.fields(training.TrainingConfig)
-    changed = {
-        f.name: f.default / 2 if f.type == "float" else f.default * 2 or 3 for f in fields if f.name != "families"
-    }
+    numbers = [f for f in fields if f.name not in ("families", "staged")]
+    changed = {f.name: f.default / 2 if f.type == "float" else f.default * 2 or 3 for f in numbers}
     args = [x for name, value in changed.items() for x in ("--" + name.replace("_", "-"), value)]
-    minirec_("train", "--out", tmp_path, "--preset", "small", "--families", "words", *args)
+    minirec_("train", "--out", tmp_path, "--preset", "small", "--families", "hops", "hops", "--no-staged", *args)
     ((model, config),) = seen
-    assert dataclasses.asdict(config) == changed | {"families": ("words",)}
+    assert dataclasses.asdict(config) == changed | {"families": ("hops", "hops"), "staged": False}
     shape = RecurrentConfig.preset("small")
     assert model.config == dataclasses.replace(shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
-def test_train_goes_on_after_ctrl_c_as_if_nothing_had_happened(minirec_, tmp_path, monkeypatch):
-    assert minirec_("train", "--out", tmp_path / "whole", *FEW_STEPS)[0] == 0
+def test_train_without_options_takes_the_defaults_of_the_library(minirec_, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append((model, config)) or interrupt())
+    minirec_("train", "--out", tmp_path)
+    minirec_("train", "--out", tmp_path, "--staged")
+    assert [config for _, config in seen] == [training.TrainingConfig()] * 2
+    assert seen[0][0].config == RecurrentConfig.preset("tiny")
+
+
+def test_train_can_start_from_another_model(minirec_, tmp_path, monkeypatch):
+    assert minirec_("train", "--out", tmp_path / "first", *FEW_STEPS)[0] == 0
+    first, seen = tmp_path / "first" / "checkpoint", []
+    monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append(model) or interrupt())
+    minirec_("train", "--out", tmp_path / "second", "--start", first, "--preset", "small", *FEW_STEPS)
+    (model,) = seen
+    assert model.config == checkpoint.load(first).config, "the shape is the model's own"
+    assert_same_weights(dict(model.state_dict()), checkpoint.load(first).state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+    assert_one_error(minirec_("train", "--out", tmp_path / "third", "--start", tmp_path / "none"), "none")
+    assert not (tmp_path / "third").exists()
+
+
+def test_train_begins_with_the_weights_of_another_model(minirec_, folder, tmp_path, monkeypatch):
+    seen = []
+
+    def look(model, config, folder):
+        seen.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+        interrupt()
+
+    monkeypatch.setattr(training, "train", look)
+    for start in (["--start", "tiny"], ["--start", folder], []):
+        minirec_("train", "--out", tmp_path / "run", *start)
+    named, copied, anew = seen
+    assert_same_weights(named, weights(checkpoint.locate("tiny")))
+    assert_same_weights(copied, named)
+    assert not torch.equal(anew["transformer.wte.weight"], named["transformer.wte.weight"])
+
+
+def test_the_commands_that_train_the_shipped_model_are_commands():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    runs = [shlex.split(line)[1:] for line in makefile.splitlines() if line.startswith("\t$(TRAIN) ")]
+    assert len(runs) == 2
+    first, second = (cli.parser().parse_args(["train", *run]) for run in runs)
+    for args in (first, second):
+        fields = dataclasses.fields(training.TrainingConfig)
+        assert args.preset == "tiny" and training.TrainingConfig(**{f.name: getattr(args, f.name) for f in fields})
+    assert Path(second.start) == first.out / "checkpoint" and "start" not in first
+
+
+@pytest.mark.parametrize("start", [[], ["--start", "tiny"]])
+def test_train_goes_on_after_ctrl_c_as_if_nothing_had_happened(minirec_, tmp_path, monkeypatch, start):
+    command = [*FEW_STEPS, *start]
+    assert minirec_("train", "--out", tmp_path / "whole", *command)[0] == 0
     depth_loss, steps = training.depth_loss, iter(range(10))
     with monkeypatch.context() as patch:
         patch.setattr(training, "depth_loss", lambda *a: interrupt() if next(steps) == 2 else depth_loss(*a))
-        code, out, err = minirec_("train", "--out", tmp_path / "cut", *FEW_STEPS)
+        code, out, err = minirec_("train", "--out", tmp_path / "cut", *command)
     assert (code, out) == (130, "")
     assert err.strip() == "minirec: stopped (the same command goes on from the last save)"
     assert not (tmp_path / "cut" / "checkpoint").exists()
     assert not list(tmp_path.glob("**/*.part"))
-    assert minirec_("train", "--out", tmp_path / "cut", *FEW_STEPS)[0] == 0
+    assert minirec_("train", "--out", tmp_path / "cut", *command)[0] == 0
     assert_same_weights(weights(tmp_path / "whole" / "checkpoint"), weights(tmp_path / "cut" / "checkpoint"))
 
 
 def test_train_refuses_the_folder_of_another_run(minirec_, tmp_path):
     assert minirec_("train", "--out", tmp_path, *FEW_STEPS)[0] == 0
     before = (tmp_path / "state.safetensors").read_bytes()
-    assert_one_error(minirec_("train", "--out", tmp_path, *FEW_STEPS, "--batch-size", 2), "of another run")
+    assert_one_error(minirec_("train", "--out", tmp_path, *FEW_STEPS, "--no-staged"), "of another run")
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
 
@@ -307,8 +359,8 @@ def test_info_needs_no_weights(minirec_, folder):
     code, out, _ = minirec_("info", folder)
     count = sum(p.numel() for p in RecurrentDepthLM(config).parameters())
     assert code == 0 and f"{count:,}" in out and f"{4 * count / 2**20:.4g} MiB" in out
-    for kv, slots in [("full", 8), ("shared", 1), ("shared", 4)]:
-        size = bytes_per_token(config, 8, kv, slots, torch.float32) / 1024
+    for kv, slots in [("full", 12), ("shared", 1), ("shared", 4)]:
+        size = bytes_per_token(config, 12, kv, slots, torch.float32) / 1024
         (line,) = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x]
         assert f" {size:.4g} KiB" in line
 
@@ -329,7 +381,10 @@ def test_info_default_is_the_shipped_model(minirec_):
             "model sampler max-new-tokens num-steps inner-steps exit-threshold temperature top-k top-p min-p "
             "repetition-penalty seed kv kv-slots no-stream stats device dtype threads",
         ),
-        ("train", "out preset device threads " + " ".join(f.name for f in dataclasses.fields(training.TrainingConfig))),
+        (
+            "train",
+            "out preset start device threads " + " ".join(f.name for f in dataclasses.fields(training.TrainingConfig)),
+        ),
         ("info", "preset"),
     ],
 )
@@ -346,7 +401,9 @@ def test_help_explains_every_option_and_gives_an_example(capsys, command, option
         assert action.help and action.help != argparse.SUPPRESS, f"{action.dest} is not explained"
         defaults = action.default if isinstance(action.default, tuple) else [action.default]
         if action.default in (None, argparse.SUPPRESS):
-            assert "default: " in action.help or action.dest in ("out", "preset", "prompt", "help"), action.dest
+            assert "default: " in action.help or action.dest in ("out", "preset", "start", "prompt", "help"), (
+                action.dest
+            )
         else:
             assert all(str(default) in explained for default in defaults), action.dest
 
@@ -397,7 +454,7 @@ def assert_one_error(result, *words):
         ("generate --model EMPTY", "config.json"),
         ("generate --num-steps 0", "num_steps"),
         ("generate --num-steps x", "--num-steps"),
-        ("generate --inner-steps 9", "inner_steps is 9"),
+        ("generate --inner-steps 13", "inner_steps is 13"),
         ("generate --exit-threshold -1", "exit_threshold is -1"),
         ("generate --exit-threshold nan", "exit_threshold is nan"),
         ("generate --sampler autoregressive --exit-threshold 0.1", "--exit-threshold"),
@@ -424,6 +481,14 @@ def assert_one_error(result, *words):
         ("train --out FILE/run", "FILE/run"),
         ("train --out EMPTY --steps 0", "steps is 0"),
         ("train --out EMPTY --families other", "other"),
+        ("train --out EMPTY --start nowhere", "nowhere"),
+        ("train --out new --start nowhere", "nowhere"),
+        ("train --out EMPTY --batch-tokens 0", "batch_tokens is 0"),
+        ("train --out EMPTY --batch-size 4", "--batch-size"),
+        ("train --out EMPTY --early 0.9 --random 0.2", "early is 0.9 and random 0.2"),
+        ("train --out EMPTY --extra -1", "extra is -1"),
+        ("train --out EMPTY --curriculum 2", "curriculum is 2"),
+        ("train --out EMPTY --staged no", "arguments: no"),
         ("train --out EMPTY --seed -1", "--seed"),
         ("info nowhere", "nowhere"),
         ("info EMPTY", "config.json"),

@@ -16,6 +16,15 @@ def test_huginn_preset_is_the_published_shape():
     assert config.init_std == pytest.approx(math.sqrt(2 / (5 * 5280)))
 
 
+def test_tiny_preset_loops_one_block_and_learns_through_all_its_steps():
+    config = RecurrentConfig.preset("tiny")
+    assert (config.n_embd, config.n_heads, config.head_dim, config.intermediate_size) == (96, 3, 32, 264)
+    assert (config.n_layers_in_prelude, config.n_layers_in_recurrent_block, config.n_layers_in_coda) == (1, 1, 1)
+    assert (config.mean_recurrence, config.mean_backprop_depth) == (12, 16)
+    assert config.effective_depth == 1 + 12 + 1
+    assert (config.vocab_size, config.block_size) == (128, 512)
+
+
 @pytest.mark.parametrize("name", ["tiny", "small", "huginn_3_5b"])
 def test_dictionary_and_back(name):
     config = RecurrentConfig.preset(name)

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import torch
 
-from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing
+from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing, lens, training
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -109,13 +109,58 @@ def test_the_model_of_notebook_01_is_the_package_s_at_another_shape():
 
 @pytest.mark.parametrize("freeze", ["prefix", "last"])
 @pytest.mark.parametrize("inner_steps", [1, 2])
-def test_the_sampler_of_notebook_06_is_the_package_s_on_random_weights(freeze, inner_steps):
+@pytest.mark.parametrize("kv", ["full", "shared"])
+def test_the_sampler_of_notebook_06_is_the_package_s_on_random_weights(freeze, inner_steps, kv):
     mine = definitions("06_diffusion_forcing.ipynb")
     torch.manual_seed(3)
     model = RecurrentDepthLM(
         RecurrentConfig(n_embd=32, n_heads=2, intermediate_size=48, vocab_size=40, block_size=64, mean_recurrence=5)
     )
-    settings = dict(inner_steps=inner_steps, exit_threshold=0.2, freeze=freeze, headway=2, max_wavefront=6)
+    settings = dict(inner_steps=inner_steps, exit_threshold=0.2, freeze=freeze, headway=2, max_wavefront=6, kv=kv)
     by_hand = mine["diffusion_forcing_by_hand"](model, [3, 1, 4, 1, 5], 30, 5, **settings)
     package = diffusion_forcing.generate(model, [3, 1, 4, 1, 5], 30, num_steps=5, **settings)
     assert (by_hand.tokens, by_hand.depth) == (package.tokens, package.depth)
+
+
+@torch.inference_mode()
+def test_the_lenses_of_notebook_03_are_the_package_s_on_random_weights(small_model):
+    mine = definitions("03_thinking_longer.ipynb")
+    model = small_model(2, n_layers_in_coda=2)
+    tokens = torch.arange(18).reshape(2, 9)
+    states = lens.trajectory(model, tokens, 6)
+    torch.testing.assert_close(mine["trajectory_by_hand"](model, tokens, 6), states)
+    torch.testing.assert_close(mine["coda_lens_by_hand"](model, states), lens.coda_lens(model, states))
+    torch.testing.assert_close(mine["logit_lens_by_hand"](model, states), lens.logit_lens(model, states))
+    plane = mine["flatten_to_plane"](states)
+    torch.testing.assert_close(plane.abs(), lens.principal_components(states).abs())  # signs are free
+    guesses = lens.coda_lens(model, states)[1:].argmax(-1)  # (6, 2, 9)
+    by_hand = [mine["settled_by_hand"](column) for column in guesses.flatten(1).T.tolist()]
+    assert lens.settled(guesses).flatten().tolist() == by_hand
+    assert len(set(by_hand)) > 2  # they do settle at different steps
+
+
+@pytest.mark.parametrize("backprop", [1, 3, 9])
+def test_the_objective_of_notebook_02_is_the_package_s_on_random_weights(backprop):
+    by_hand = definitions("02_training_through_depth.ipynb")["depth_loss_by_hand"]
+    torch.manual_seed(4)
+    model = RecurrentDepthLM(
+        RecurrentConfig(n_embd=24, n_heads=2, intermediate_size=40, vocab_size=30, block_size=16, mean_recurrence=5)
+    )
+    tokens, labels = torch.randint(30, (5, 6)), torch.randint(30, (5, 6))
+    labels[1, :4] = labels[3] = -100  # where nothing is asked; row 3 is not asked for anything
+    depths = torch.tensor([2, 7, 1, 4, 7])
+    state = model.initial_state(torch.arange(6).expand(5, 6), seed=torch.arange(5)[:, None])
+    results = []
+    for objective in (by_hand, training.depth_loss):
+        model.zero_grad()
+        loss = objective(model, tokens, labels, depths, backprop, state)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(*results)
+
+
+def test_the_depths_of_notebook_02_are_the_package_s():
+    by_hand = definitions("02_training_through_depth.ipynb")["depth_by_hand"]
+    for mean in (1, 8.5, 32):
+        mine, package = (draw(mean, torch.Generator().manual_seed(7), 500) for draw in (by_hand, training.sample_depth))
+        assert torch.equal(mine, package)

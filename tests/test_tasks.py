@@ -1,5 +1,6 @@
 """The task generators: every problem right, unlike any other, and on its side of the split."""
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -8,21 +9,30 @@ from itertools import islice
 import pytest
 
 from minirec import RecurrentConfig, tasks
-from minirec.tokenizer import BEGIN, END, ORDINALS, PAD, task_tokenizer
+from minirec.tasks import CELLS, FAMILIES, HARDER, WAYS, Problem
+from minirec.tokenizer import BEGIN, END, LETTERS, ORDINALS, PAD, task_tokenizer
 
-LEVELS = tasks.FAMILIES["words"]
 # "Then Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears"
 LINE = re.compile(r"(\w+) (.*), so (\w+) has (\d+) ([-+*/]) (\d+) = (\d+) (\w+)")
+TRAINED = [(family, level) for family in FAMILIES for level in FAMILIES[family]]
+HARD = [(family, level) for family in HARDER for level in HARDER[family]]
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, list[tasks.Problem]]:
-    """5,000 problems of each split."""
-    return {split: list(islice(tasks.problems(split, seed=11), 5000)) for split in ("train", "heldout")}
+def drawn() -> dict[str, list[Problem]]:
+    """Word problems of each split."""
+    return {s: list(islice(tasks.problems(s, seed=11), n)) for s, n in [("train", 2500), ("heldout", 300)]}
 
 
-def lines_of(problem: tasks.Problem) -> tuple[list[re.Match], str]:
-    """The parsed lines of a solution, and its answer."""
+@pytest.fixture(scope="module")
+def of_level() -> dict[tuple[str, int], list[Problem]]:
+    """Problems of every level of the two families that are answered at once, the harder levels too."""
+    drawn = {key: list(islice(tasks.problems("train", 5, *key), 100)) for key in TRAINED if key[0] != "words"}
+    return drawn | {key: tasks.heldout(50, 5, *key) for key in HARD if key[0] != "words"}
+
+
+def lines_of(problem: Problem) -> tuple[list[re.Match], str]:
+    """The parsed lines of a word problem's solution, and its answer."""
     *lines, last = problem.solution.split(". ")
     parsed = [LINE.fullmatch(line) for line in lines]
     assert all(parsed), problem.solution
@@ -33,91 +43,232 @@ def tokens_of(text: str) -> list[int]:
     return task_tokenizer().encode(text).ids
 
 
+def assert_even(counts: dict, keys) -> None:
+    """Every key as often as any other, within five standard deviations."""
+    keys, n = list(keys), sum(counts.values())
+    share = n / len(keys)
+    assert share > 50, "too few to tell"
+    assert set(counts) <= set(keys)
+    for key in keys:
+        assert abs(counts.get(key, 0) - share) < 5 * (share * (1 - 1 / len(keys))) ** 0.5, (key, counts)
+
+
 # ---- splits and seeds
 
 
-def test_no_problem_is_in_both_splits(drawn):
-    train, heldout = ({p.text for p in drawn[split]} for split in ("train", "heldout"))
-    assert len(train) > 4000 and len(heldout) > 4000
+@pytest.mark.parametrize(("family", "level"), TRAINED)
+def test_no_problem_is_in_both_splits(family, level):
+    """Of the 65,536 problems of a level of the automaton, 2,000 and 250 would meet 8 times by chance."""
+    sizes = {"train": 2000, "heldout": 250} if family == "automaton" else {"train": 300, "heldout": 50}
+    train, heldout = ({p.text for p in islice(tasks.problems(s, 1, family, level), n)} for s, n in sizes.items())
+    assert len(train) > 0.9 * sizes["train"] and len(heldout) > 0.9 * sizes["heldout"]
     assert not train & heldout
 
 
-@pytest.fixture
-def few_stories(monkeypatch):
-    """A world of 200 stories: what is kept apart by luck alone meets there."""
-    pool = [tasks._word_problem(random.Random(i), 2) for i in range(200)]
-    monkeypatch.setattr(tasks, "_word_problem", lambda rng, level: rng.choice(pool))
+@pytest.fixture(params=["words", "automaton", "hops"])
+def few(request, monkeypatch) -> str:
+    """A family with 200 problems in all, the same at every level: what is kept apart by luck alone meets there."""
+    write = {"words": "_word_problem", "automaton": "_automaton", "hops": "_hops"}[request.param]
+    pool = [getattr(tasks, write)(random.Random(i), 2) for i in range(200)]
+    monkeypatch.setattr(tasks, write, lambda rng, level: rng.choice(pool))
+    return request.param
 
 
-def test_a_text_belongs_to_one_split_whatever_the_seed(few_stories):
+def test_a_text_belongs_to_one_split_whatever_the_seed_and_the_level(few):
     seen = {"train": set(), "heldout": set()}
     for split, texts in seen.items():
-        for seed in range(10):
-            texts |= {p.text for p in islice(tasks.problems(split, seed=seed), 100)}
+        for seed, level in enumerate([None, *FAMILIES[few]] * 2):
+            texts |= {p.text for p in islice(tasks.problems(split, seed, few, level), 60)}
     assert len(seen["train"]) > 100 and seen["heldout"]
     assert not seen["train"] & seen["heldout"]
 
 
-def test_the_same_arguments_give_the_same_problems():
+def test_no_heldout_problem_is_given_twice(few):
+    problems = [p.text for p in tasks.heldout(6, seed=1, family=few)]
+    assert len(set(problems)) == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_arguments_give_the_same_problems(family):
+    easiest = FAMILIES[family][0]
+
     def draw(**arguments):
-        return [(p.text, p.solution, p.answer) for p in islice(tasks.problems(**arguments), 50)]
+        return [(p.text, p.stages, p.answer, p.level) for p in islice(tasks.problems(family=family, **arguments), 50)]
 
     once = draw(split="train", seed=3)
     assert once == draw(split="train", seed=3)
     for other in [
         {"split": "train", "seed": 4},
         {"split": "heldout", "seed": 3},
-        {"split": "train", "seed": 3, "level": 2},
+        {"split": "train", "seed": 3, "level": easiest},
     ]:
         assert once != draw(**other)
 
 
 def test_streams_do_not_disturb_each_other():
-    alone = [p.text for p in islice(tasks.problems("train", seed=1), 20)]
-    a, b = tasks.problems("train", seed=1), tasks.problems("train", seed=2)
-    assert [p.text for p, _ in islice(zip(a, b, strict=False), 20)] == alone
+    for family in FAMILIES:
+        alone = [p.text for p in islice(tasks.problems("train", 1, family), 20)]
+        a, b = tasks.problems("train", 1, family), tasks.problems("train", 2, family)
+        assert [p.text for p, _ in islice(zip(a, b, strict=False), 20)] == alone
 
 
-def test_no_heldout_problem_is_given_twice(few_stories):
-    problems = [p.text for p in tasks.heldout(10, seed=1)]
-    assert len(set(problems)) == 10
-
-
-@pytest.mark.parametrize("level", [None, *LEVELS])
-def test_heldout_problems_follow_seed_and_level(level):
-    problems = tasks.heldout(300, seed=2, level=level)
-    assert len(problems) == len({p.text for p in problems}) == 300
-    assert problems[:100] == tasks.heldout(100, seed=2, level=level)
-    assert level is None or {p.level for p in problems} == {level}
+@pytest.mark.parametrize(("family", "level"), [*((family, None) for family in FAMILIES), *TRAINED, *HARD])
+def test_heldout_problems_follow_seed_family_and_level(family, level):
+    problems = tasks.heldout(60, seed=2, family=family, level=level)
+    assert len(problems) == len({p.text for p in problems}) == 60
+    assert problems[:40] == tasks.heldout(40, seed=2, family=family, level=level)
+    assert problems[:40] != tasks.heldout(40, seed=3, family=family, level=level)
+    assert {p.family for p in problems} == {family}
+    assert {p.level for p in problems} == ({level} if level else set(FAMILIES[family])), (
+        "harder levels are not mixed in"
+    )
 
 
 def test_heldout_problems_are_of_the_heldout_split():
-    stream = {p.text for p in islice(tasks.problems("heldout", seed=2), 400)}
-    assert {p.text for p in tasks.heldout(300, seed=2, family="words")} <= stream
+    for family in FAMILIES:
+        stream = {p.text for p in islice(tasks.problems("heldout", 2, family), 120)}
+        assert {p.text for p in tasks.heldout(100, seed=2, family=family)} <= stream
 
 
-def test_the_levels_are_mixed_evenly(drawn):
-    counts = Counter(p.level for p in drawn["train"])
-    assert set(counts) == set(LEVELS)
-    assert all(1100 < n < 1400 for n in counts.values()), counts  # 1,250 each, six standard deviations are 184
+@pytest.mark.parametrize(("split", "n"), [("train", 1500), ("heldout", 500)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trained_levels_are_mixed_evenly(family, split, n):
+    assert_even(Counter(p.level for p in islice(tasks.problems(split, 4, family), n)), FAMILIES[family])
 
 
-# ---- the problems themselves
+# ---- every problem: its stages and its tokens
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_begin_text_solution_end_and_nothing_is_lost(family):
+    """Nothing but the arrows, which are for the reader."""
+    tokenizer = task_tokenizer()
+    for p in tasks.heldout(150, 6, family) + tasks.heldout(50, 6, family, HARDER[family][-1]):
+        assert p.prompt[0] == BEGIN and p.target[-1] == END
+        assert tokenizer.decode(p.prompt) == p.text.replace(">", " ")
+        assert tokenizer.decode(p.target) == p.solution.replace(">", " ")
+        assert PAD not in p.prompt + p.target  # what the tokenizer makes of a word it does not know
+        assert (p.prompt + p.target).count(BEGIN) == (p.prompt + p.target).count(END) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_so_many_steps_reach_is_that_stage_and_in_the_end_the_solution(family):
+    for p in tasks.heldout(100, 7, family):
+        assert p.solution == p.stages[-1]
+        for i, stage in enumerate(p.stages):
+            assert p.reached(i + 1) == [*tokens_of(stage), END]
+        assert p.target == p.reached(len(p.stages)) == p.reached(len(p.stages) + 1) == p.reached(100)
+
+
+def test_the_tiny_model_has_room_for_every_problem():
+    room = RecurrentConfig.preset("tiny").block_size
+    for family, level in TRAINED + HARD:
+        assert max(len(p.prompt) + len(p.target) for p in tasks.heldout(30, 0, family, level)) <= room
+
+
+# ---- automaton and hops: as many stages as the level says, worked out again from the text
+
+
+def test_every_stage_is_what_so_many_steps_give(of_level, stages_by_hand):
+    for (family, level), problems in of_level.items():
+        for p in problems:
+            assert (p.family, p.level) == (family, level)
+            assert [re.findall(r"\w+", stage) for stage in p.stages] == stages_by_hand(p.text), p
+            assert len(p.stages) == level and p.answer == p.solution
+
+
+def test_an_automaton_says_its_steps_and_its_cells(of_level):
+    for (family, level), problems in of_level.items():
+        if family == "automaton":
+            for p in problems:
+                assert re.fullmatch(rf"Run {level} steps from [01]{{{CELLS}}}\.", p.text)
+                assert all(re.fullmatch(rf"[01]{{{CELLS}}}", row) for row in p.stages)
+            cells = Counter(c for p in problems for c in p.text[-CELLS - 1 : -1])
+            assert_even(cells, "01")
+
+
+@pytest.mark.parametrize("level", [1, 3, 8, 12])
+def test_a_cell_depends_on_itself_and_those_before_it(level):
+    """Rows that begin alike go on to begin alike, whatever comes after; so a causal model can iterate in place."""
+    problems = islice(tasks.problems("train" if level <= 8 else "heldout", 8, "automaton", level), 500)
+    rows = {p.text.split()[-1].rstrip("."): p.stages for p in problems}
+    apart = []
+    for one, other in itertools.pairwise(sorted(rows)):  # neighbours in the alphabet begin alike
+        same = next(i for i in range(CELLS) if one[i] != other[i])
+        for a, b in zip(rows[one], rows[other], strict=True):
+            assert a[:same] == b[:same], (one, other)
+        apart.append((same, rows[one][-1][same] != rows[other][-1][same]))
+    assert max(same for same, _ in apart) >= 12
+    assert any(differs for _, differs in apart), "and on the first cell that differs it does depend"
+
+
+ARROW = re.compile(r"([a-zA-Z])>([a-zA-Z])")
+
+
+def ways_of(problem: Problem) -> tuple[list[tuple[str, str]], list[list[str]]]:
+    """The arrows of a hops problem as they stand, and the ways that they make, each from its start to its end."""
+    arrows, follow = problem.text.split(". Follow ")
+    arrows = ARROW.findall(arrows)
+    next_of, ways = dict(arrows), [[start] for start in re.findall(r"[a-zA-Z]", follow)]
+    for way in ways:
+        while way[-1] in next_of and len(way) <= len(arrows):
+            way.append(next_of[way[-1]])
+    return arrows, ways
+
+
+def test_the_ways_of_hops_are_apart_and_as_long_as_the_level(of_level):
+    for (family, level), problems in of_level.items():
+        for p in problems if family == "hops" else []:
+            arrows, ways = ways_of(p)
+            assert re.fullmatch(r"\w>\w(, \w>\w)*\. Follow \w( \w)*\.", p.text), p.text
+            assert len(ways) == WAYS and all(len(way) == level + 1 for way in ways), p.text
+            places = [place for way in ways for place in way]
+            assert len(places) == len(set(places)) and set(places) <= set(LETTERS), "no place is on two ways"
+            out = [place for way in ways for place in way[:-1]]
+            assert sorted(start for start, _ in arrows) == sorted(out), "one arrow leads out of each place but the ends"
+            assert ARROW.findall(p.solution) == [(way[0], way[-1]) for way in ways]
+
+
+def order_of(positions: list[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(positions)), key=positions.__getitem__))
+
+
+def test_neither_place_nor_letter_gives_an_end_away():
+    """Any arrow stands anywhere, the ends in any order, and any letter ends any way."""
+    level, n = 4, 3000
+    standing, ends, along, between, letters = (Counter() for _ in range(5))
+    for p in islice(tasks.problems("train", 9, "hops", level), n):
+        arrows, ways = ways_of(p)
+        at = {start: i for i, (start, _) in enumerate(arrows)}
+        standing.update((i, hop, at[place]) for i, way in enumerate(ways) for hop, place in enumerate(way[:-1]))
+        ends[order_of([at[way[-2]] for way in ways])] += 1
+        along[order_of([at[place] for place in ways[0][:-1]])] += 1
+        between[order_of([at[ways[0][0]], at[ways[0][1]], at[ways[1][0]]])] += 1  # two of one way, one of another
+        letters.update(way[-1] for way in ways)
+    assert_even(standing, itertools.product(range(WAYS), range(level), range(WAYS * level)))
+    assert_even(ends, itertools.permutations(range(WAYS)))
+    assert_even(along, itertools.permutations(range(level)))
+    assert_even(between, itertools.permutations(range(3)))
+    assert_even(letters, LETTERS)
+
+
+# ---- words
+
+
+@pytest.mark.parametrize("level", FAMILIES["words"] + HARDER["words"])
 def test_a_level_is_its_number_of_changes(level):
-    for p in islice(tasks.problems("train", seed=7, level=level), 200):
+    ordinals = ORDINALS[:level] if level < 6 else ["First", "Then", "Next", "Later", "Then", "Finally"]
+    for p in islice(tasks.problems("heldout", seed=7, level=level), 200):
         lines, _ = lines_of(p)
         assert p.level == len(lines) == level
-        assert [line[1] for line in lines] == ORDINALS[:level]
+        assert [line[1] for line in lines] == ordinals
         assert p.text.count(".") == level + 1  # the first sentence, and one a change
 
 
 def test_every_solution_is_right(drawn):
     """Each sum is done again from the text alone, each line starts where the last one ended."""
     apply = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__truediv__}
-    for p in drawn["train"] + drawn["heldout"]:
+    for p in drawn["train"] + drawn["heldout"] + tasks.heldout(200, level=6):
         who, have, things = re.match(r"(\w+) has (\d+) (\w+)\.", p.text).groups()
         lines, answer = lines_of(p)
         for _, sentence, owner, x, operator, y, z, what in (line.groups() for line in lines):
@@ -151,7 +302,7 @@ def test_the_solution_restates_the_story_in_order(drawn):
 
 
 def test_numbers_stay_within_two_digits(drawn):
-    for p in drawn["train"] + drawn["heldout"]:
+    for p in drawn["train"] + drawn["heldout"] + tasks.heldout(200, level=6):
         assert all(1 <= int(n) <= tasks.LARGEST for n in re.findall(r"\d+", p.text + p.solution)), p.solution
 
 
@@ -159,30 +310,38 @@ def test_solutions_have_the_length_the_model_is_made_for(drawn):
     """From two lines of 16 tokens to five of 24; then the answer, in 5 or 6, and the end."""
     lengths = [len(p.target) for p in drawn["train"] + drawn["heldout"]]
     assert 2 * 16 + 5 + 1 <= min(lengths) and max(lengths) <= 5 * 24 + 6 + 1
-    room = RecurrentConfig.preset("tiny").block_size
-    assert max(len(p.prompt) + len(p.target) for p in drawn["train"] + drawn["heldout"]) <= room
 
 
-def test_tokens_are_begin_text_solution_end_and_nothing_is_lost(drawn):
-    tokenizer = task_tokenizer()
-    for p in drawn["train"][:1000] + drawn["heldout"][:1000]:
-        assert p.prompt[0] == BEGIN and p.target[-1] == END
-        assert tokenizer.decode(p.prompt) == p.text
-        assert tokenizer.decode(p.target) == p.solution
-        assert PAD not in p.prompt + p.target  # what the tokenizer makes of a word it does not know
-        assert (p.prompt + p.target).count(BEGIN) == (p.prompt + p.target).count(END) == 1
+def test_a_word_problem_is_one_stage(drawn):
+    assert all(p.stages == (p.solution,) for p in drawn["train"] + tasks.heldout(20, level=6))
 
 
 # ---- grading
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_solution_itself_is_correct(family):
+    assert all(p.is_correct(p.target) and p.is_correct(p.target[:-1]) for p in tasks.heldout(200, 1, family))
+
+
+@pytest.mark.parametrize("family", ["automaton", "hops"])
+def test_an_answer_without_words_is_compared_token_by_token_up_to_the_end(family):
+    for p in tasks.heldout(50, 1, family):
+        right = p.target[:-1]
+        assert p.is_correct([*right, END, *right, 5]) and p.is_correct([*right, END, END])
+        for i in range(len(right)):
+            wrong = next(t for t in p.prompt[1:] if t != right[i])
+            assert not p.is_correct([*right[:i], wrong, *right[i + 1 :], END])
+            assert not p.is_correct(right[:i]) and not p.is_correct([*right[:i], END, *right[i:], END])
+        assert not p.is_correct([*right, right[-1], END]), "one token too many"
+        assert not p.is_correct([BEGIN, *right, END]) and not p.is_correct([END, *right])
+        for i, stage in enumerate(p.stages[:-1], 1):
+            assert p.is_correct(p.reached(i)) == (stage == p.solution), "a stage on the way is not the answer"
+
+
 @pytest.fixture(scope="module")
 def problem():
     return next(p for p in tasks.heldout(50, seed=0, level=3) if len(p.answer) == 2)
-
-
-def test_the_solution_itself_is_correct(drawn):
-    assert all(p.is_correct(p.target) and p.is_correct(p.target[:-1]) for p in drawn["heldout"][:500])
 
 
 def test_only_the_final_answer_counts(problem):
@@ -222,12 +381,21 @@ def test_no_text_at_all_is_wrong(problem, tokens):
         ({"split": "test"}, "split is 'test'"),
         ({"split": "train", "family": "riddles"}, "family is 'riddles'"),
         ({"split": "train", "level": 1}, "level is 1"),
-        ({"split": "train", "level": 6}, "level is 6"),
+        ({"split": "heldout", "level": 7}, "level is 7"),
+        ({"split": "heldout", "family": "automaton", "level": 0}, "level is 0"),
+        ({"split": "heldout", "family": "hops", "level": 11}, "level is 11"),
     ],
 )
 def test_unknown_names_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         next(tasks.problems(**arguments))
+
+
+@pytest.mark.parametrize(("family", "level"), HARD)
+def test_harder_levels_are_never_trained(family, level):
+    with pytest.raises(ValueError, match=f"level is {level}; in split 'train' family '{family}'"):
+        next(tasks.problems("train", 0, family, level))
+    assert level > max(FAMILIES[family])
 
 
 @pytest.mark.parametrize("arguments, words", [({"n": 0}, "n is 0"), ({"n": 5, "family": "x"}, "family is 'x'")])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirec import RecurrentConfig, checkpoint, tokenizer
-from minirec.tokenizer import BEGIN, END, PAD, VOCABULARY, task_tokenizer
+from minirec.tokenizer import BEGIN, DIGITS, END, LETTERS, PAD, VOCABULARY, task_tokenizer
 
 WORDS = [w for w in VOCABULARY if w.isalpha()]
 
@@ -42,6 +42,31 @@ def test_every_word_is_one_token():
 def test_numbers_are_written_digit_by_digit():
     assert task_tokenizer().encode("1207").tokens == ["1", "2", "0", "7"]
     assert task_tokenizer().encode("12 07").tokens == ["1", "2", "0", "7"]
+
+
+@pytest.mark.parametrize("row", ["0110100101101001", "0000000000000000", "1" * 16])
+def test_a_row_of_cells_is_one_token_a_cell_and_comes_back(row):
+    ids = task_tokenizer().encode(f"Run 12 steps from {row}.").ids
+    assert [VOCABULARY[i] for i in ids] == ["Run", "1", "2", "steps", "from", *row, "."]
+    assert task_tokenizer().decode(ids) == f"Run 12 steps from {row}."
+    assert task_tokenizer().decode(task_tokenizer().encode(row).ids) == row
+
+
+def test_there_are_forty_letters_and_case_counts():
+    assert len(LETTERS) == len(set(LETTERS)) == 40
+    assert all(len(letter) == 1 and letter.isalpha() for letter in LETTERS)
+    assert not set(LETTERS) & set(DIGITS)
+    assert {"k", "K"} <= set(LETTERS)
+    assert task_tokenizer().encode("k K").tokens == ["k", "K"]
+
+
+def test_of_an_arrow_only_its_letters_are_left():
+    """So text with arrows does not come back, but its letters do, in order."""
+    tokenizer = task_tokenizer()
+    assert tokenizer.encode("k>c, m>A. Follow k m.").tokens == ["k", "c", ",", "m", "A", ".", "Follow", "k", "m", "."]
+    assert tokenizer.encode("k>c").ids == tokenizer.encode("k c").ids == tokenizer.encode("k > c").ids
+    assert tokenizer.decode(tokenizer.encode("k>c, m>A. Follow k m.").ids) == "k c, m A. Follow k m."
+    assert tokenizer.encode(">").ids == [] and ">" not in VOCABULARY
 
 
 @given(st.lists(st.sampled_from(WORDS) | st.integers(0, 9999).map(str), min_size=1), st.sampled_from(["", ".", "?"]))
