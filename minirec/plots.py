@@ -466,7 +466,7 @@ def depth_histogram(depths, marks: Mapping[str, float], ax: Axes | None = None) 
     share = np.bincount(depths, minlength=last + 1)[: last + 1] / len(depths)
     ax.bar(range(last + 1), share, width=1.0, color=GREY)
     for (label, depth), style in zip(marks.items(), ("-", "--", ":"), strict=False):
-        ax.axvline(depth, color=BLUE, linestyle=style, label=f"{label} {depth:.1f}")
+        ax.axvline(depth, color=BLUE, linestyle=style, label=f"{label} {depth:.4g}")
     ax.set(xlabel="recurrence steps r", ylabel="share of draws", xlim=(0, last + 1))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
@@ -497,22 +497,22 @@ def over_training(panels: Mapping[str, Mapping[str, tuple]]) -> np.ndarray:
     """What changes while a model is trained, one panel a quantity and one line a run; returns the axes.
 
     panels: quantity -> {label: (optimiser steps, values)}.  A label looks the same in all panels; after the third,
-    colours come again with dashed lines.  A value of None or NaN is left out.
+    colours come again with dashed lines; the only line of a panel is black.  A value of None or NaN is left out.
     """
-    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    labels = list(dict.fromkeys(label for lines in panels.values() if len(lines) > 1 for label in lines))
     looks = {label: ((VERMILION, BLUE, GREEN)[i % 3], "-" if i < 3 else "--") for i, label in enumerate(labels)}
     fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), squeeze=False, layout="constrained")
     for ax, (quantity, lines) in zip(axes[0], panels.items(), strict=True):
         for label, (steps, values) in lines.items():
             values = np.asarray(values, dtype=float)
-            kept, (colour, style) = np.isfinite(values), looks[label]
+            kept, (colour, style) = np.isfinite(values), looks.get(label, ("black", "-"))
             ax.plot(np.asarray(steps)[kept], values[kept], style, color=colour, linewidth=1.6, label=label)
         ax.set(xlabel="optimiser step", ylabel=quantity)
         ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    handles = {line.get_label(): line for ax in axes[0] for line in ax.lines}
-    if len(handles) > 1:
+    handles = {line.get_label(): line for ax in axes[0] for line in ax.lines if line.get_label() in looks}
+    if handles:
         fig.legend(
             handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=9
         )

@@ -5,7 +5,7 @@ Three families share one vocabulary.  Each has a dial for difficulty, the level:
     words      Mia has 12 pears. First Mia buys 5 more pears. Then Mia gives 3 pears to Tom. How many pears ...?
                First Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears. Then ... The answer is 14.
     automaton  Run 3 steps from 0110100101101001.
-               0101110100001001
+               0110010010011000
     hops       k>c, m>a, e>h, c>f, h>b, a>d. Follow k e m.
                k>f, e>b, m>d
 

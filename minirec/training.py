@@ -83,6 +83,8 @@ class TrainingConfig:
         if not 0 <= self.extra < math.inf:
             raise ValueError(f"extra is {self.extra}; it must be at least 0 and finite")
         self.families = tuple(self.families)
+        if not self.families:
+            raise ValueError(f"families is {self.families}; it must name one at least of {', '.join(tasks.FAMILIES)}")
         for family in self.families:
             if family not in tasks.FAMILIES:
                 raise ValueError(f"family is {family!r}; it must be one of {', '.join(tasks.FAMILIES)}")

@@ -100,7 +100,7 @@ def test_the_histogram_of_depths_is_their_shares_and_ends_before_the_far_tail():
     assert max(heights) == 4
     np.testing.assert_allclose([heights[r] for r in (1, 2, 3, 4)], [0.3, 0.5, 0, 0.1996])
     assert [line.get_xdata()[0] for line in ax.lines] == [2.3, 2]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["mean 2.3", "mode 2.0"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["mean 2.3", "mode 2"]
 
 
 def test_gradients_by_step_leave_zeros_out():
@@ -130,6 +130,10 @@ def test_over_training_has_a_panel_a_quantity_and_one_look_a_run():
     assert [text.get_text() for text in left.figure.legends[0].get_texts()] == names
 
 
-def test_a_single_run_needs_no_legend():
+def test_the_only_line_of_a_panel_needs_no_legend():
     (ax,) = plots.over_training({"loss": {"loss": ([1, 2], [3.0, 2.0])}})
     assert not ax.figure.legends
+    one, two = ([1, 2], [0.0, 0.5]), ([1, 2], [0.0, 0.9])
+    left, right = plots.over_training({"loss": {"loss": one}, "exact match": {"words": one, "hops": two}})
+    assert left.lines[0].get_color() not in {line.get_color() for line in right.lines}
+    assert [text.get_text() for text in left.figure.legends[0].get_texts()] == ["words", "hops"]
