@@ -32,36 +32,27 @@ def name_of(family: str, level: int) -> str:
 
 
 @torch.inference_mode()
-def exact_by_depth(model: RecurrentDepthLM, problems: list[Problem], depths: tuple[int, ...]) -> dict:
-    """Depth -> share of problems solved token for token, all depths from one run of the loop."""
-    tokens, labels = batch_of(problems)
-    states = lens.trajectory(model, tokens, max(depths))  # (r + 1, B, T, d)
-    right = {r: (model.coda(states[r]).argmax(-1) == labels) | (labels == IGNORE) for r in depths}
-    return {r: each.all(dim=1).float().mean().item() for r, each in right.items()}
-
-
-@torch.inference_mode()
 def look_inside(model: RecurrentDepthLM, problems: list[Problem]) -> dict:
-    """What the states of the solution's tokens do on the way, and from other starts."""
+    """Accuracy after every depth, what the states of the solution's tokens do on the way, and from other starts."""
     tokens, labels = batch_of(problems)
     asked = labels != IGNORE  # (B, T)
     states = lens.trajectory(model, tokens, max(DEPTHS))  # (r + 1, B, T, d)
-    guesses = torch.stack([model.coda(s).argmax(-1) for s in states[1:]])  # (r, B, T)
+    guesses = lens.coda_lens(model, states[1:]).argmax(-1)  # (r, B, T)
+    solved = ((guesses == labels) | ~asked).all(dim=2).float().mean(dim=1)  # (r,)
 
     settled = lens.settled(guesses)  # (B, T)
     computed = settled[asked & (settled > 1)]
-    others = {}
+    others, r = {}, model.config.mean_recurrence
     for seed, scale in STARTS:
-        end = lens.trajectory(model, tokens, model.config.mean_recurrence, seed=seed, scale=scale)[-1]
-        usual = states[model.config.mean_recurrence]
+        start = model.initial_state(torch.arange(tokens.shape[1]).expand_as(tokens), seed=seed, scale=scale)
+        end = model(tokens, r, state=start)
+        distance = (end.state - states[r]).norm(dim=-1) / states[r].norm(dim=-1)  # (B, T)
         others[f"seed {seed}, scale {scale}"] = {
-            "same": (model.coda(end).argmax(-1) == guesses[model.config.mean_recurrence - 1])[asked]
-            .float()
-            .mean()
-            .item(),
-            "distance": ((end - usual).norm(dim=-1) / usual.norm(dim=-1))[asked].median().item(),
+            "same": (end.logits.argmax(-1) == guesses[r - 1])[asked].float().mean().item(),
+            "distance": distance[asked].median().item(),
         }
     return {
+        "exact_match": {depth: solved[depth - 1].item() for depth in DEPTHS},
         "relative_change": lens.relative_change(states)[:, asked].median(dim=1).values.tolist(),
         "settled_mean": settled[asked].float().mean().item(),
         "settled_mean_of_later": computed.float().mean().item() if len(computed) else 1.0,
@@ -139,8 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     for family in args.families:
         for level in levels_of(family):
             problems = tasks.heldout(args.problems, family=family, level=level)
-            exact = {"exact_match": exact_by_depth(model, problems, DEPTHS)}
-            found[name_of(family, level)] = exact | look_inside(model, problems)
+            found[name_of(family, level)] = look_inside(model, problems)
             if level in tasks.FAMILIES[family]:
                 found[name_of(family, level)]["exits"] = exits(model, problems[: 4 if family == "words" else 20])
     print("Exact match by depth\n")

@@ -19,7 +19,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from depth import exact_by_depth
 from timing import in_words, machine, table, write_json
 
 from minirec import RecurrentConfig, RecurrentDepthLM, tasks, training
@@ -74,8 +73,8 @@ def run(name: str, steps: int, seed: int, n: int) -> dict:
         log = training.train(model, config, folder)
     minutes, exact = (time.perf_counter() - started) / 60, {}
     for level in LEVELS:
-        by_depth = exact_by_depth(model, tasks.heldout(n, family=FAMILY, level=level), DEPTHS)
-        exact[level] = list(by_depth.values())
+        problems = tasks.heldout(n, family=FAMILY, level=level)
+        exact[level] = [training.exact_match(model, problems, r) for r in DEPTHS]
     return {"minutes": minutes, "loss": log[-1]["loss"], "exact_match": exact}
 
 

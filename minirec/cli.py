@@ -191,8 +191,10 @@ def train(args: argparse.Namespace) -> None:
     special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
     shape = dataclasses.replace(RecurrentConfig.preset(args.preset), **special)
     torch.manual_seed(args.seed)
-    start = getattr(args, "start", None)
-    model = checkpoint.load(start, device=args.device) if start else RecurrentDepthLM(shape).to(args.device)
+    if "start" in args:
+        model = checkpoint.load(args.start, device=args.device)
+    else:
+        model = RecurrentDepthLM(shape).to(args.device)
     if not args.out.exists():
         args.out.mkdir(parents=True)
     _check_writable(args.out, args.out)

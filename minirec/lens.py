@@ -37,14 +37,7 @@ def trajectory(
     num_steps None is the config's mean_recurrence.  s_0 is `model.initial_state` with this seed and scale, or `state`
     (B, T, d).  With the defaults the last state is `model(tokens, num_steps).state`.  ValueError as for the model.
     """
-    config = model.config
-    if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= config.block_size:
-        raise ValueError(
-            f"tokens has shape {tuple(tokens.shape)}; it must be (B, T) with T from 1 to {config.block_size}"
-        )
-    num_steps = config.mean_recurrence if num_steps is None else num_steps
-    if num_steps < 0:
-        raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
+    num_steps = model.checked_steps(tokens, num_steps)
     e = model.prelude(tokens)  # (B, T, d)
     if state is None:
         state = model.initial_state(torch.arange(tokens.shape[1], device=e.device), seed=seed, scale=scale)

@@ -240,13 +240,7 @@ class RecurrentDepthLM(nn.Module):
         num_steps None is the config's mean_recurrence.  Since `state` goes in and comes out, r1 steps and
         then r2 more are r1 + r2 steps.  Raises ValueError if the tokens are longer than the context.
         """
-        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.config.block_size:
-            raise ValueError(
-                f"tokens has shape {tuple(tokens.shape)}; it must be (B, T) with T from 1 to {self.config.block_size}"
-            )
-        num_steps = self.config.mean_recurrence if num_steps is None else num_steps
-        if num_steps < 0:
-            raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
+        num_steps = self.checked_steps(tokens, num_steps)
         e = self.prelude(tokens)
         s = state
         if s is None:
@@ -254,6 +248,17 @@ class RecurrentDepthLM(nn.Module):
         for _ in range(num_steps):
             s = self.recur(s, e)
         return Output(logits=self.coda(s), state=s)
+
+    def checked_steps(self, tokens: Tensor, num_steps: int | None) -> int:
+        """num_steps, or the config's mean_recurrence for None; ValueError if it or the shape of tokens is wrong."""
+        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.config.block_size:
+            raise ValueError(
+                f"tokens has shape {tuple(tokens.shape)}; it must be (B, T) with T from 1 to {self.config.block_size}"
+            )
+        num_steps = self.config.mean_recurrence if num_steps is None else num_steps
+        if num_steps < 0:
+            raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
+        return num_steps
 
     @classmethod
     def from_pretrained(cls, name: str, **options) -> RecurrentDepthLM:

@@ -5,9 +5,10 @@ The objective of the paper is the expected loss over text x and over depth r (ar
     tau ~ N(log(mean) - sigma^2/2, sigma),   r ~ Poisson(exp(tau)) + 1,   sigma = 1/2
     the first r - k steps run without gradient, the last k = min(r, mean_backprop_depth) with it.
 
-e enters every step, so the prelude learns although the graph is cut.  Alone it gives a tiny model that is done after
-two steps, however hard the problem.  So most rows here draw their depth by the problem's difficulty: either as many
-steps as its answer is away, and a few more; or fewer, and then the target is what is reached by then (`staged`).
+e enters every step, so the prelude learns although the graph is cut.  In our runs that alone gave a tiny model which
+is done after two steps, however hard the problem.  So most rows here draw their depth by the problem's difficulty:
+either as many steps as its answer is away, and a few more; or fewer, and then the target is what is reached by then
+(`staged`).
 
 Every batch, depth and initial state is a function of (seed, step): a killed run resumes to the same losses, and needs
 only weights, moments and a number.  Notebook: 02_training_through_depth.
@@ -95,6 +96,10 @@ class TrainingConfig:
         down = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.learning_rate * min(1.0, up, down)
 
+    def run(self, step: int) -> int:
+        """A number that no other step of this seed has: what its depths and initial states are drawn with."""
+        return (self.seed + 1) * 1_000_003 + step
+
     def joins(self, family: str) -> float:
         """The step at which a family joins."""
         order = list(dict.fromkeys(self.families))
@@ -163,14 +168,14 @@ class Batches:
     def __init__(self, config: TrainingConfig, mean_depth: float):
         self.config, self.mean_depth = config, mean_depth
         self._longest: dict[tuple[str, int], int] = {}  # tokens of a line, by family and level
-        self._pools: dict[str, tuple[int, list[list[tasks.Problem]]]] = {}
+        self._pools: dict[str, dict[int, list[tasks.Problem]]] = {}  # by family and step
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         family, window = config.family(step), POOL * len(config.families)
-        number = step // window
-        turns = [s for s in range(number * window, (number + 1) * window) if config.family(s) == family]
-        if self._pools.get(family, (-1, []))[0] != number:
+        if step not in self._pools.get(family, {}):
+            number = step // window
+            turns = [s for s in range(number * window, (number + 1) * window) if config.family(s) == family]
             seed, levels = f"{config.seed}.{number}", config.levels(family, turns[0])
             size = max(1, config.batch_tokens // max(self._length(family, level) for level in levels))
             streams = [tasks.problems("train", seed, family, level) for level in levels]
@@ -179,9 +184,9 @@ class Batches:
             drawn.sort(key=lambda p: len(p.prompt + p.target))
             batches = [drawn[i * size : (i + 1) * size] for i in range(len(turns))]
             rng.shuffle(batches)
-            self._pools[family] = (number, batches)
-        problems = self._pools[family][1][turns.index(step)]
-        generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003 + step)
+            self._pools[family] = dict(zip(turns, batches, strict=True))
+        problems = self._pools[family][step]
+        generator = torch.Generator().manual_seed(config.run(step))
         depths = self._depths(problems, generator)
         return *batch_of(problems, depths.tolist() if config.staged else None), depths
 
@@ -239,9 +244,8 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
     for step in tqdm(range(first, config.steps), initial=first, total=config.steps, disable=None):
         tokens, labels, depths = (t.to(device) for t in data[step])
         rows = torch.arange(len(tokens), device=device)[:, None]
-        run = (config.seed + 1) * 1_000_003 + step
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        state = model.initial_state(positions, seed=run * len(tokens) + rows)
+        state = model.initial_state(positions, seed=config.run(step) * len(tokens) + rows)
         loss = depth_loss(model, tokens, labels, depths, model.config.mean_backprop_depth, state)
         optimizer.zero_grad()
         loss.backward()

@@ -29,14 +29,17 @@ def scripts():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def overhead(scripts):
-    return importlib.import_module("overhead")
+def script(name: str):
+    """A fixture that imports benchmarks/<name>.py."""
+
+    @pytest.fixture(scope="module", name=name)
+    def imported(scripts):
+        return importlib.import_module(name)
+
+    return imported
 
 
-@pytest.fixture(scope="module")
-def samplers(scripts):
-    return importlib.import_module("samplers")
+overhead, samplers, depth, recipe = map(script, ("overhead", "samplers", "depth", "recipe"))
 
 
 @pytest.fixture(scope="module")
@@ -257,21 +260,11 @@ def test_bad_arguments_are_said(name, arguments, says, request, capsys):
 # --- depth.py and recipe.py ---
 
 
-@pytest.fixture(scope="module")
-def depth(scripts):
-    return importlib.import_module("depth")
-
-
-@pytest.fixture(scope="module")
-def recipe(scripts):
-    return importlib.import_module("recipe")
-
-
 def test_exact_match_by_depth_is_that_of_training(depth):
     model, problems = RecurrentDepthLM.from_pretrained("tiny"), tasks.heldout(6, family="automaton", level=2)
-    by_depth = depth.exact_by_depth(model, problems, (1, 2, 5))
-    assert by_depth == {r: exact_match(model, problems, r) for r in (1, 2, 5)}
-    assert by_depth[1] < by_depth[5]
+    by_depth = depth.look_inside(model, problems)["exact_match"]
+    assert by_depth == {r: exact_match(model, problems, r) for r in depth.DEPTHS}
+    assert by_depth[1] < by_depth[6]
 
 
 def test_depth_reports_every_level(depth, tmp_path, monkeypatch):
