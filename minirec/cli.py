@@ -365,6 +365,7 @@ TRAIN = {
     "decay": "fraction of the steps, the last, in which it falls to zero",
     "joining": "fraction of the steps, the first, over which the families join one by one",
     "curriculum": "fraction of the steps over which the levels of a family that has joined join one by one",
+    "hardest": "share of the problems that are of the hardest level joined; the rest are of all levels alike",
     "early": "share of the problems given as many recurrence steps as they need or fewer",
     "random": "share of the problems whose depth is drawn by the paper's rule, whatever they need",
     "extra": "mean number of steps that the other problems get beyond those they need",

@@ -261,12 +261,16 @@ class Grid:
         s, e = at.read(self.state), self.embed(at)  # (B, T, d) each
         for depth in range(self.num_steps):
             s = self.recur(s, e, at, depth)
+        self.begin(s, at, [self.num_steps] * len(self.lengths))
+
+    def begin(self, s: Tensor, at: Window, depths: list[int]) -> None:
+        """Commit the first new token of each row; s (B, T, d): states of the prompts, at: their window from 0 on."""
         last = torch.tensor(self.lengths, device=s.device)[:, None] - 1  # (B, 1)
         tokens = self.choose(self.decode(s, at, only=last[:, 0]), last)  # (B, 1)
         self.tokens.scatter_(1, last + 1, tokens)
         self.row_steps = 0
-        for row, token in enumerate(tokens[:, 0].tolist()):
-            self.commit(row, token, self.num_steps)
+        for row, (token, depth) in enumerate(zip(tokens[:, 0].tolist(), depths, strict=True)):
+            self.commit(row, token, depth)
 
     def commit(self, row: int, token: int, depth: int) -> None:
         """Make a row's next token final: record it, tell on_token, and end the row if it was the last one."""

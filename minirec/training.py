@@ -46,7 +46,8 @@ class TrainingConfig:
     `steps` are optimiser steps; `warmup`, `decay`, `joining` and `curriculum` are fractions of them.  `families` are
     taken in turn, a batch each.  `random`, `early` and what they leave of 1 are the shares of rows whose depth is
     drawn by the paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson
-    number more; a problem that needs a single step has no early rows.
+    number more; a problem that needs a single step has no early rows.  `hardest` is the share of problems that are of
+    the hardest level joined: a row that stops early makes an easier problem of it, so the late steps are the rare ones.
     """
 
     steps: int = 12_000
@@ -57,6 +58,7 @@ class TrainingConfig:
     families: tuple[str, ...] = ("hops", "automaton", "words", "hops", "words")
     joining: float = 0.15  # the families join one after the other, in this order, over this first part
     curriculum: float = 0.25  # and from then on the levels of each, one by one over so much of the run
+    hardest: float = 0.4
     early: float = 0.45
     random: float = 0.15
     extra: float = 2.0  # mean of the steps beyond those needed
@@ -76,7 +78,7 @@ class TrainingConfig:
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("warmup", "decay", "joining", "curriculum", "early", "random", "weight_decay"):
+        for name in ("warmup", "decay", "joining", "curriculum", "hardest", "early", "random", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.early + self.random > 1:
@@ -180,7 +182,10 @@ class Batches:
             size = max(1, config.batch_tokens // max(self._length(family, level) for level in levels))
             streams = [tasks.problems("train", seed, family, level) for level in levels]
             rng = random.Random(f"{family} {seed}")
-            drawn = [next(rng.choice(streams)) for _ in range(len(turns) * size)]
+            drawn = [
+                next(streams[-1] if rng.random() < config.hardest else rng.choice(streams))
+                for _ in range(len(turns) * size)
+            ]
             drawn.sort(key=lambda p: len(p.prompt + p.target))
             batches = [drawn[i * size : (i + 1) * size] for i in range(len(turns))]
             rng.shuffle(batches)
