@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirec.kv_cache import KVCache, Window
+from minirec.kv_cache import Diagonal, KVCache, Window
 from minirec.recurrent_block import RecurrentDepthLM, rotate
 from minirec.token_choice import TokenChoice
 
@@ -189,6 +189,18 @@ class Grid:
         """Positions starts[b] .. starts[b] + width - 1 of every row b."""
         return self.cache.window(starts, width, self.rope)
 
+    def depths(self, cells: list[list[int]]) -> int | Diagonal | Tensor:
+        """What `recur` takes as the depths of a window: cells[b], left to right, as narrow as a row's own window is.
+
+        The plainest that says it: one number, the runs of a single row, or int64 (B, W).
+        """
+        if len({depth for row in cells for depth in row}) == 1:
+            return cells[0][0]
+        if len(cells) == 1:
+            return Diagonal.of(cells[0])
+        width = max(map(len, cells))
+        return torch.tensor([row + [0] * (width - len(row)) for row in cells], device=self.model.device)
+
     def embed(self, at: Window) -> Tensor:
         """Prelude of the window's tokens: e (B, W, d)."""
         self.decodes += 1
@@ -197,10 +209,10 @@ class Grid:
             x = self.block(weights, x, at, "prelude", layer, 0)
         return x
 
-    def recur(self, s: Tensor, e: Tensor, at: Window, depth: int | Tensor) -> Tensor:
+    def recur(self, s: Tensor, e: Tensor, at: Window, depth: int | Diagonal | Tensor) -> Tensor:
         """One recurrence step of the window, (B, W, d) -> (B, W, d).
 
-        depth: the steps that each cell has had, an int or int64 (B, W); the cache files keys and values by it.
+        depth: the steps that each cell has had, see `depths`; the cache files keys and values by it.
         """
         self.passes += 1
         self.row_steps += s.shape[1]
@@ -220,8 +232,10 @@ class Grid:
         logits = F.linear(self.norm(x, self.ln_f), self.head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def block(self, weights: tuple, x: Tensor, at: Window, part: str, layer: int, slot: int | Tensor) -> Tensor:
-        """`SandwichBlock` over a window with stored keys and values: (B, W, d) -> (B, W, d).
+    def block(
+        self, weights: tuple, x: Tensor, at: Window, part: str, layer: int, slot: int | Diagonal | Tensor
+    ) -> Tensor:
+        """`SandwichBlock` over a window with stored keys and values: (B, W, d) -> (B, W, d); slot: `Window.attend`'s.
 
         The same arithmetic as the module, laid flat: at batch 1 on a CPU the time beside the matrix products goes
         into many small calls (benchmarks/overhead.py), so nothing is looked up or called that need not be.

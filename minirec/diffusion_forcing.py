@@ -97,7 +97,7 @@ def generate(
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    check_counts(num_steps=r, headway=headway, max_wavefront=max_wavefront)
+    check_counts(num_steps=r, max_new_tokens=max_new_tokens, headway=headway, max_wavefront=max_wavefront)
     inner = min(settings["inner_steps"], r) if inner_steps is None else inner_steps
     threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
     kv = settings["kv"] if kv is None else kv
@@ -115,10 +115,7 @@ def generate(
         outer_step += 1
         starts, widths = [grid.next_position(row) for row in rows], [len(cells) for cells in depths]
         at = grid.window(starts, max(widths))
-        depth = 0  # only noise and a cache with several slots look at it: int64 (B, W) then
-        if noise or grid.cache.slots > 1:
-            depth = torch.tensor([cells + [0] * (at.width - len(cells)) for cells in depths], device=model.device)
-
+        depth = grid.depths(depths)
         before = at.read(grid.state)  # (B, W, d)
         e, s = grid.embed(at), before
         if momentum:  # eta is still 0 at a position that is new: it has no embedding to blend with
@@ -127,7 +124,8 @@ def generate(
             at.write(eta, momentum)
         if noise:
             fresh = model.initial_state(at.positions, grid.seed + (outer_step << 32), grid.options.init_scale)
-            s = s.lerp(fresh, (noise / (1 + depth))[..., None].to(s))  # less for deeper positions
+            ran = torch.tensor([cells + [0] * (at.width - len(cells)) for cells in depths], device=model.device)
+            s = s.lerp(fresh, (noise / (1 + ran))[..., None].to(s))  # less for deeper positions
         for inner_step in range(inner):
             s = grid.recur(s, e, at, depth + inner_step)
         guesses = grid.choose(grid.decode(s, at), at.positions)  # (B, W): the token after each position

@@ -11,10 +11,14 @@ How many of them to keep is a choice (arXiv 2502.05171, section 6.2; arXiv 2510.
                           |             |
                        by depth     by position       <- the position x depth grid, literally
 
-Prelude and coda are passed once and have one slot.  Notebook: 04_kv_cache.
+Prelude and coda are passed once and have one slot.  The last slot is stored first: in a wave every position is a little
+shallower than the one left of it, so its cells lie on a diagonal of this memory, and a diagonal can be read and
+written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +38,33 @@ def bytes_per_token(
     slots = num_steps if kv == "full" else kv_slots
     calls = config.n_layers_in_prelude + config.n_layers_in_recurrent_block * slots + config.n_layers_in_coda
     return 2 * calls * config.n_embd * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The depths of one row's window, as runs: (first cell, cells, depth of the first, fall from each to the next).
+
+    `cells` has them one by one.  Adding a number is taking so many steps.
+    """
+
+    cells: tuple[int, ...]
+    runs: tuple[tuple[int, int, int, int], ...]
+
+    @classmethod
+    def of(cls, cells: list[int]) -> Diagonal:
+        """Cut depths, left to right, where they don't fall as evenly as before."""
+        runs: list[tuple[int, int, int, int]] = []
+        for i, depth in enumerate(cells):
+            first, n, start, fall = runs[-1] if runs else (0, 0, 0, 0)
+            drop = cells[i - 1] - depth
+            if drop > 0 and n and (n == 1 or drop == fall):
+                runs[-1] = (first, n + 1, start, drop)
+            else:
+                runs.append((i, 1, depth, 1))
+        return cls(tuple(cells), tuple(runs))
+
+    def __add__(self, steps: int) -> Diagonal:
+        return Diagonal(tuple(d + steps for d in self.cells), tuple((i, n, d + steps, f) for i, n, d, f in self.runs))
 
 
 class KVCache:
@@ -75,7 +106,7 @@ class KVCache:
         self.shown, self.hidden = torch.tensor([0.0, float("-inf")], device=device, dtype=dtype)
         # the same memory as (keys, values), (B, H, L, c) each, of every layer and slot: a step looks them up
         self.views = {
-            name: [[tuple(kv[:, layer, slot]) for slot in range(kv.shape[2])] for layer in range(kv.shape[1])]
+            name: [[tuple(kv[:, layer, slot]) for slot in reversed(range(kv.shape[2]))] for layer in range(kv.shape[1])]
             for name, kv in self.parts.items()
         }
 
@@ -84,10 +115,14 @@ class KVCache:
         """Bytes allocated."""
         return sum(t.nbytes for t in self.parts.values())
 
-    def slot(self, depth: int | Tensor) -> int | Tensor:
-        """The slot of a recurrence step: `depth` counts the steps before it, an int or int64 (B, W)."""
+    def slot(self, depth: int | Diagonal | Tensor) -> int | Diagonal | Tensor:
+        """The slot of a recurrence step: `depth` counts the steps before it, for all cells or for each of (B, W)."""
         if self.slots == 1:
             return 0
+        if isinstance(depth, Diagonal):
+            if self.kv == "full" and max(depth.cells) < self.slots:
+                return depth
+            depth = torch.tensor([depth.cells], device=self.index.device)
         if self.kv == "shared":
             return depth % self.slots
         return min(depth, self.slots - 1) if isinstance(depth, int) else depth.clamp(max=self.slots - 1)
@@ -113,7 +148,9 @@ class KVCache:
         if self.kv == "full":
             core = self.parts["core"][:, :, :, row]  # (2, layers, slots, H, L, c)
             for position, depth in enumerate(depths, start):
-                core[:, :, depth:, :, position] = core[:, :, depth - 1 : depth, :, position]
+                if depth < self.slots:  # the last step that was run; the deeper ones are stored before it
+                    ran = self.slots - depth
+                    core[:, :, :ran, :, position] = core[:, :, ran : ran + 1, :, position]
 
 
 class Window:
@@ -155,10 +192,10 @@ class Window:
         else:
             grid[self.rows, self.positions] = values
 
-    def attend(self, part: str, layer: int, slot: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, part: str, layer: int, slot: int | Diagonal | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the window's k and v in one layer, then attend to all it holds: (B, H, W, c) each -> (B, W, H, c).
 
-        slot: one for all cells, or int64 (B, W), one for each.
+        slot: one for all cells, or one for each: a Diagonal, if there is one row, or int64 (B, W).
         """
         if isinstance(slot, int):
             keys, values = self.cache.views[part][layer][slot]  # (B, H, L, c) each
@@ -171,8 +208,11 @@ class Window:
             keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, is_causal=self.causal)
             return y.transpose(1, 2)
-        # every cell at its own depth: gather each cell's slot, and let the cells be the batch of the attention
+        # every cell at its own depth: let the cells be the batch of the attention
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
+        if isinstance(slot, Diagonal):
+            return self._attend_along(slot, keys[:, 0], values[:, 0], q[0], k[0], v[0])
+        slot = self.cache.slots - 1 - slot  # as stored
         positions = self.positions.expand(slot.shape)  # (B, W)
         keys[slot, self.rows, :, positions] = k.transpose(1, 2)
         values[slot, self.rows, :, positions] = v.transpose(1, 2)
@@ -182,3 +222,20 @@ class Window:
         q = q.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B W, H, 1, c)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
         return y.squeeze(2).unflatten(0, slot.shape)
+
+    def _attend_along(self, cells: Diagonal, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same for one row, run by run: keys, values (slots, H, L, c); q, k, v (H, W, c) -> (1, W, H, c)."""
+        parts = []
+        for first, n, depth, fall in cells.runs:
+            start = self.start + first
+            stored = self.cache.slots - 1 - depth
+            steps = slice(stored, stored + (n - 1) * fall + 1, fall)
+            ks, vs = keys[steps], values[steps]  # (n, H, L, c): all positions, as each cell's step sees them
+            # (H, c, n): step i at position start + i
+            ks.diagonal(start, 0, 2).copy_(k[:, first : first + n].transpose(1, 2))
+            vs.diagonal(start, 0, 2).copy_(v[:, first : first + n].transpose(1, 2))
+            end = start + n
+            mask = None if n == 1 else self.mask[0, 0, first : first + n, None, None, :end]  # (n, 1, 1, end)
+            one = q[:, first : first + n].transpose(0, 1)[:, :, None]  # (n, H, 1, c)
+            parts.append(F.scaled_dot_product_attention(one, ks[:, :, :end], vs[:, :, :end], attn_mask=mask)[:, :, 0])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]  # (1, W, H, c)

@@ -335,7 +335,7 @@ def test_positions_that_stopped_early_stand_in_for_the_steps_they_never_ran(smal
     run = dict(inner_steps=1, exit_threshold=0.5, kv="full", num_steps=6)
     gens = diffusion_forcing.generate(model, [[3, 1, 4], [5]], 10, **run)
     monkeypatch.setattr(Grid, "results", lambda grid: grid)
-    core = diffusion_forcing.generate(model, [[3, 1, 4], [5]], 10, **run).cache.parts["core"]
+    core = diffusion_forcing.generate(model, [[3, 1, 4], [5]], 10, **run).cache.parts["core"].flip(2)  # by step
     early = 0
     for row, (gen, length) in enumerate(zip(gens, (3, 1), strict=True)):
         for position, depth in enumerate(gen.depth[1:], length):  # the position that predicted each token
@@ -358,7 +358,7 @@ def first_recurrences(monkeypatch):
 
     def spy_on_recur(grid, s, e, at, depth):
         if records[-1].depth is None:
-            depths = torch.as_tensor(depth).expand(1, at.width)[0]
+            depths = torch.as_tensor(getattr(depth, "cells", depth)).expand(1, at.width)[0]
             vars(records[-1]).update(depth=depths, s=s[0], e=e[0], state=at.read(grid.state)[0].clone())
         return recur(grid, s, e, at, depth)
 
