@@ -278,8 +278,12 @@ class Grid:
         self.begin(s, at, [self.num_steps] * len(self.lengths))
 
     def begin(self, s: Tensor, at: Window, depths: list[int]) -> None:
-        """Commit the first new token of each row; s (B, T, d): states of the prompts, at: their window from 0 on."""
+        """Commit the first new token of each row; s (B, T, d): states of the prompts, at: their window from 0 on.
+
+        The state of each prompt's last position is kept, for samplers that start the next position from it.
+        """
         last = torch.tensor(self.lengths, device=s.device)[:, None] - 1  # (B, 1)
+        self.state[at.rows, last] = s[at.rows, last]
         tokens = self.choose(self.decode(s, at, only=last[:, 0]), last)  # (B, 1)
         self.tokens.scatter_(1, last + 1, tokens)
         self.row_steps = 0

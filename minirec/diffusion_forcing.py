@@ -24,10 +24,12 @@ every step, like the shipped one, has to read what the others were at the same s
 **When a position is settled.**  Adaptive schedule: its state moved by less than epsilon, relative to its norm, in
 this outer step, or it has run num_steps steps since its own token last changed.  That cap, our addition, bounds
 the work and makes wavefront 1 with r' = r plain autoregressive decoding; with r' < r it is per-token adaptive
-exit.  Fixed schedule: it has run num_steps steps.  freeze="prefix" (the paper's equation) freezes the longest
-run of settled positions from the left, and never one whose own token changed in this very step, as its keys
-would rest on the old token.  freeze="last" (the paper's algorithm box, and the official code) freezes up to the
-last settled position, unsettled ones before it included.
+exit.  Two more rules of the official code, under the same cap: "acceleration", the change of its change over two outer
+steps is below epsilon, |s - 2 s' + s''| / |s|; "token-stability", what it predicts has stood for num_steps / r' outer
+steps.  Fixed schedule: it has run num_steps steps.  freeze="prefix" (the paper's equation) freezes the longest run of
+settled positions from the left, and never one whose own token changed in this very step, as its keys would rest on
+the old token.  freeze="last" (the paper's algorithm box, and the official code) freezes up to the last settled
+position, unsettled ones before it included.
 
 **What is guaranteed.**  A frozen token never changes, and every new token was predicted by a frozen prefix.  It is
 NOT guaranteed that the tokens are those of autoregressive decoding: a position may settle on a left context
@@ -54,6 +56,7 @@ from torch import Tensor
 from minirec.decoding import Generation, Grid, check_counts
 from minirec.recurrent_block import RecurrentDepthLM
 
+SCHEDULES = ("adaptive", "acceleration", "token-stability", "fixed")
 PAPER = {"inner_steps": 4, "exit_threshold": 0.03, "kv": "shared"}  # arXiv 2510.14961, section 5
 
 
@@ -84,6 +87,7 @@ def generate(
     max_wavefront: int = 128,
     noise: float = 0.0,
     momentum: float = 0.1,
+    continuous_compute: bool = False,
     kv: str | None = None,
     **options,
 ) -> Generation | list[Generation]:
@@ -92,8 +96,10 @@ def generate(
     num_steps: recurrence steps of the prompt, and the most any position runs on one token (None: the config's
     mean_recurrence).  inner_steps, exit_threshold, kv: None for the checkpoint's defaults, else the paper's.  kv
     "shared" lets a position read the latest step of those before it; with "full" a position at depth k reads their
-    step k, which may date from an earlier guess.  options: those of `minirec.decoding.Options`.  Returns a
-    Generation, or a list of them for a batch, each row's independent of the others.  A bad argument is a ValueError.
+    step k, which may date from an earlier guess.  continuous_compute: a position starts from the state that its left
+    neighbour has reached, not from its own initial state (section 3.3: less effective).  options: those of
+    `minirec.decoding.Options`.  Returns a Generation, or a list of them for a batch, each row's independent of the
+    others.  A bad argument is a ValueError.
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
     r = model.config.mean_recurrence if num_steps is None else num_steps
@@ -104,12 +110,17 @@ def generate(
     _check(r, inner, threshold, schedule, freeze, noise, momentum)
     grid = Grid(model, prompt, max_new_tokens, r, spare=min(max_wavefront, max_new_tokens), kv=kv, **options)
     embedding, eta = torch.zeros_like(grid.state), torch.zeros_like(grid.state[..., 0])  # (B, L, d), (B, L)
+    change = torch.zeros_like(grid.state)  # (B, L, d): of the state, in the last outer step
     grid.prefill()  # at full depth, as in autoregressive decoding
     last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
     # the cells of each row's window: the token they run on, the steps they ran, and how many of them on that token
     rows = range(len(grid.lengths))
     tokens = [[g.tokens[0]] for g in grid.generations]
     depths, ages = [[0] for _ in rows], [[0] for _ in rows]
+    stands = [[(-1, 0)] for _ in rows]  # what each cell predicts, and for how many outer steps it has
+    if continuous_compute:
+        for row, start in enumerate(grid.lengths):
+            grid.state[row, start] = grid.state[row, start - 1]
     outer_step = 0
     while not all(grid.finished):
         outer_step += 1
@@ -129,7 +140,11 @@ def generate(
         for inner_step in range(inner):
             s = grid.recur(s, e, at, depth + inner_step)
         guesses = grid.choose(grid.decode(s, at), at.positions)  # (B, W): the token after each position
-        moved = torch.linalg.vector_norm(s - before, dim=-1) / torch.linalg.vector_norm(s, dim=-1)  # (B, W)
+        moved = s - before  # (B, W, d)
+        if schedule == "acceleration":
+            moved, last_change = moved - at.read(change), moved
+            at.write(change, last_change)
+        moved = torch.linalg.vector_norm(moved, dim=-1) / torch.linalg.vector_norm(s, dim=-1)  # (B, W)
         if min(widths) < at.width:  # a narrower row has cells that are not open yet: they leave no trace
             is_open = torch.arange(at.width, device=model.device) < torch.tensor(widths, device=model.device)[:, None]
             s, guesses = torch.where(is_open[..., None], s, before), torch.where(is_open, guesses, grid.filler)
@@ -146,10 +161,16 @@ def generate(
             # did the position keep its token in this step?
             same = [True] + [g == token for g, token in zip(guessed[:-1], tokens[row][1:], strict=True)]
             since = [age + inner for age in ages[row]]
+            stood = [(g, n + 1 if g == old else 1) for g, (old, n) in zip(guessed, stands[row], strict=True)]
             if schedule == "fixed":
                 settled = [d >= r for d in ran]
             else:
-                settled = [bool(c) or age >= r for c, age in zip(calm[:width], since, strict=True)]
+                calm = [bool(c) for c in calm[:width]]
+                if schedule == "acceleration":  # a first change has none before it to be compared with
+                    calm = [c and d > inner for c, d in zip(calm, ran, strict=True)]
+                elif schedule == "token-stability":
+                    calm = [n >= r // inner for _, n in stood]
+                settled = [c or age >= r for c, age in zip(calm, since, strict=True)]
                 if freeze == "prefix":
                     settled = [yes and kept for yes, kept in zip(settled, same, strict=True)]
             n = leading(settled, freeze)
@@ -164,6 +185,10 @@ def generate(
             tokens[row] = (tokens[row][:1] + guessed + [grid.filler] * headway)[n : n + width]
             depths[row] = (ran + [0] * headway)[n : n + width]
             ages[row] = (since + [0] * headway)[n : n + width]
+            stands[row] = (stood + [(-1, 0)] * headway)[n : n + width]
+            if continuous_compute:
+                end = starts[row] + len(ran)
+                grid.state[row, end : starts[row] + n + width] = grid.state[row, end - 1]
     return grid.results()
 
 
@@ -172,8 +197,8 @@ def _check(r, inner_steps, exit_threshold, schedule, freeze, noise, momentum) ->
         raise ValueError(f"inner_steps is {inner_steps}; it must be from 1 to num_steps, here {r}")
     if not exit_threshold >= 0:
         raise ValueError(f"exit_threshold is {exit_threshold}; it must be 0 or above")
-    if schedule not in ("adaptive", "fixed"):
-        raise ValueError(f"schedule is {schedule!r}; it must be 'adaptive' or 'fixed'")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(map(repr, SCHEDULES))}")
     if freeze not in ("prefix", "last"):
         raise ValueError(f"freeze is {freeze!r}; it must be 'prefix' or 'last'")
     for name, value in (("noise", noise), ("momentum", momentum)):
