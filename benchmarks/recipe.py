@@ -41,6 +41,8 @@ VARIANTS = {
     "depth by difficulty, always the answer, identity in the adapter": (NEEDED, {}, 1.0),
     "the recipe, recurrent block of 2 layers": ({}, {"n_layers_in_recurrent_block": 2}, 0.0),
     "the recipe, levels join one by one": ({"curriculum": 0.4}, {}, 0.0),
+    "the recipe, all levels alike": ({"hardest": 0.0}, {}, 0.0),
+    "the recipe, rotary base 100": ({}, {"rope_base": 100.0}, 0.0),
     "the recipe, half the learning rate": ({"learning_rate": 1e-3}, {}, 0.0),
     "the recipe, gradients through 2 steps": ({}, {"mean_backprop_depth": 2}, 0.0),
     "the recipe, identity in the adapter": ({}, {}, 1.0),

@@ -397,11 +397,14 @@ def test_depths_of_a_row_do_not_hang_on_its_place():
     assert len({batch[0] for batch in depths}) > 5 and len(set(depths[0])) > 3
 
 
-def test_only_levels_that_have_joined_are_drawn_and_they_evenly():
-    """A level is drawn from the next pool of rounds on."""
+@pytest.mark.parametrize("hardest", [0.0, 0.4])
+def test_only_levels_that_have_joined_are_drawn_each_with_its_share(hardest):
+    """A level is drawn from the next pool of rounds on; the hardest as often as it should, the others evenly."""
     families = ("automaton", "words")
     of_a_pool = POOL * len(families)  # steps
-    config = TrainingConfig(steps=8 * of_a_pool, joining=0, curriculum=0.8, batch_tokens=600, families=families)
+    config = TrainingConfig(
+        steps=8 * of_a_pool, joining=0, curriculum=0.8, batch_tokens=600, families=families, hardest=hardest
+    )
     data, found, rows_of_step = Batches(config, 12), {}, {}
     for step in range(config.steps):
         rows, family = rows_of(data[step]), families[step % 2]
@@ -414,7 +417,9 @@ def test_only_levels_that_have_joined_are_drawn_and_they_evenly():
         joined = config.levels(family, pool * of_a_pool)
         assert set(levels) == set(joined), (family, pool)
         if family == "automaton":
-            assert_shares(levels, dict.fromkeys(joined, 1 / len(joined)))
+            shares = dict.fromkeys(joined, (1 - hardest) / len(joined))
+            shares[joined[-1]] += hardest
+            assert_shares(levels, shares)
     for family in families:
         assert len({len(levels) for (f, _), levels in found.items() if f == family}) > 2, "there was something to see"
     assert rows_of_step[1] > rows_of_step[config.steps - 1], "shorter problems: more of them"
