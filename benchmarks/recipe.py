@@ -29,15 +29,21 @@ LEVELS = (1, 2, 3, 4)
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 12, 24)
 SOLVED = 0.9
 
-PAPER = {"early": 0.0, "random": 1.0, "staged": False}  # the objective of 2502.05171: any depth, always the answer
-NEEDED = {"early": 0.0, "random": 0.0, "staged": False}  # as many steps as needed and a few more
+PAPER = {
+    "early": 0.0,
+    "random": 1.0,
+    "staged": False,
+    "reads": 1,
+}  # the objective of 2502.05171: any depth, always the answer
+NEEDED = {"early": 0.0, "random": 0.0, "staged": False, "reads": 1}  # as many steps as needed and a few more
 
 # name -> (what it changes of the training; of the shape; share of the identity put on the adapter's state half)
 VARIANTS = {
     "the recipe": ({}, {}, 0.0),
     "depth by the paper's rule, always the answer": (PAPER, {}, 0.0),
     "depth by difficulty, always the answer": (NEEDED, {}, 0.0),
-    "the recipe without stages: early rows are asked for the answer": ({"staged": False}, {}, 0.0),
+    "the recipe without stages: always the answer": ({"staged": False}, {}, 0.0),
+    "the recipe, each row read once, at its end": ({"reads": 1}, {}, 0.0),
     "depth by difficulty, always the answer, identity in the adapter": (NEEDED, {}, 1.0),
     "the recipe, recurrent block of 2 layers": ({}, {"n_layers_in_recurrent_block": 2}, 0.0),
     "the recipe, levels join one by one": ({"curriculum": 0.4}, {}, 0.0),

@@ -370,6 +370,7 @@ TRAIN = {
     "random": "share of the problems whose depth is drawn by the paper's rule, whatever they need",
     "extra": "mean number of steps that the other problems get beyond those they need",
     "staged": "ask a problem that gets too few steps for the stage reached by then, not for its answer",
+    "reads": "at how many of its steps a row is read and asked for what it has reached",
     "weight_decay": "of AdamW",
     "gradient_clip": "largest norm of the gradient",
     "seed": "of weights, problems, depths and initial states",

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirec.kv_cache import Diagonal, KVCache, Window
+from minirec.config import RecurrentConfig
+from minirec.kv_cache import Cells, Diagonal, KVCache, Window
 from minirec.recurrent_block import RecurrentDepthLM, rotate
 from minirec.token_choice import TokenChoice
 
@@ -99,6 +100,20 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
 
 
+def check_request(config: RecurrentConfig, ids: list[int], max_new_tokens: int, context: int) -> None:
+    """A ValueError that says what is wrong with a prompt, or with what is asked to follow it."""
+    if not ids:
+        raise ValueError("prompt is empty; it must hold at least one token")
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < config.padded_vocab_size:
+            raise ValueError(f"prompt holds {token!r}; token ids are from 0 to {config.padded_vocab_size - 1}")
+    if len(ids) + max_new_tokens > context:
+        raise ValueError(
+            f"prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} make {len(ids) + max_new_tokens}; "
+            f"the context is {context} tokens"
+        )
+
+
 class Grid:
     """B sequences x L positions: tokens, states, depths, cache; and the four operations that advance a window.
 
@@ -125,16 +140,7 @@ class Grid:
         if not prompts:
             raise ValueError("prompt is empty; it must hold at least one token")
         for ids in prompts:
-            if not ids:
-                raise ValueError("prompt is empty; it must hold at least one token")
-            for token in ids:
-                if not isinstance(token, int) or not 0 <= token < config.padded_vocab_size:
-                    raise ValueError(f"prompt holds {token!r}; token ids are from 0 to {config.padded_vocab_size - 1}")
-            if len(ids) + max_new_tokens > config.block_size:
-                raise ValueError(
-                    f"prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} make "
-                    f"{len(ids) + max_new_tokens}; the context is {config.block_size} tokens"
-                )
+            check_request(config, ids, max_new_tokens, config.block_size)
         seeds = [o.seed] * len(prompts) if isinstance(o.seed, int) else list(o.seed)
         if len(seeds) != len(prompts):
             raise ValueError(
@@ -188,6 +194,10 @@ class Grid:
     def window(self, starts: list[int], width: int) -> Window:
         """Positions starts[b] .. starts[b] + width - 1 of every row b."""
         return self.cache.window(starts, width, self.rope)
+
+    def cells(self, rows: list[int], positions: list[int]) -> Cells:
+        """Any cells: position positions[i] of row rows[i]."""
+        return Cells(self.cache, rows, positions, self.rope)
 
     def depths(self, cells: list[list[int]]) -> int | Diagonal | Tensor:
         """What `recur` takes as the depths of a window: cells[b], left to right, as narrow as a row's own window is.

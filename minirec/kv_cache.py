@@ -141,16 +141,15 @@ class KVCache:
     def copy_deeper(self, row: int, start: int, depths: list[int]) -> None:
         """Let positions of a row that stopped early stand in for the steps they never ran.
 
-        With "full", a later token that loops deeper would find nothing there; it reads the last step that was
-        run ("latest": 2502.05171, remark 6.1).  depths: steps run by each position from `start` on.  Shared slots
-        need no copy.
+        A later token that loops deeper would find nothing there; it reads the last step that was run ("latest":
+        2502.05171, remark 6.1).  depths: steps run by each position from `start` on.  Shared slots are all written
+        by as many steps as there are slots, and then need no copy.
         """
-        if self.kv == "full":
-            core = self.parts["core"][:, :, :, row]  # (2, layers, slots, H, L, c)
-            for position, depth in enumerate(depths, start):
-                if depth < self.slots:  # the last step that was run; the deeper ones are stored before it
-                    ran = self.slots - depth
-                    core[:, :, :ran, :, position] = core[:, :, ran : ran + 1, :, position]
+        core = self.parts["core"][:, :, :, row]  # (2, layers, slots, H, L, c)
+        for position, depth in enumerate(depths, start):
+            if depth < self.slots:  # the last step that was run; the deeper ones are stored before it
+                ran = self.slots - depth
+                core[:, :, :ran, :, position] = core[:, :, ran : ran + 1, :, position]
 
 
 class Window:
@@ -239,3 +238,32 @@ class Window:
             one = q[:, first : first + n].transpose(0, 1)[:, :, None]  # (n, H, 1, c)
             parts.append(F.scaled_dot_product_attention(one, ks[:, :, :end], vs[:, :, :end], attn_mask=mask)[:, :, 0])
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]  # (1, W, H, c)
+
+
+class Cells(Window):
+    """Any cells of any rows in one pass: a window of one position for each, which need not be of different rows.
+
+    rows, positions: lists of N row numbers and positions.  Where a method of Window speaks of B rows and W positions,
+    read N and 1.  Cells of one row see each other if they are at the same depth, and the left ones only, as always.
+    """
+
+    def __init__(self, cache: KVCache, rows: list[int], positions: list[int], rope: Tensor):
+        device = rope.device
+        self.cache, self.width, self.start, self.end = cache, 1, None, max(positions) + 1
+        self._rows, self.positions = torch.tensor([rows, positions], device=device)[..., None]  # (N, 1) each
+        self.rope = rope[self.positions]  # (N, 1, 1, 1, c/2)
+        self.mask = torch.where(cache.index[: self.end] <= self.positions, cache.shown, cache.hidden)  # (N, end)
+
+    @property
+    def rows(self) -> Tensor:
+        """Row numbers (N, 1)."""
+        return self._rows
+
+    def attend(self, part: str, layer: int, slot: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store each cell's k and v, then let it attend to its own row: (N, H, 1, c) each -> (N, 1, H, c)."""
+        keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
+        rows, positions = self._rows[:, 0], self.positions[:, 0]  # (N,)
+        stored = keys.shape[0] - 1 - (slot[:, 0] if isinstance(slot, Tensor) else torch.full_like(rows, slot))
+        keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
+        keys, values = keys[stored, rows, :, : self.end], values[stored, rows, :, : self.end]  # (N, H, end, c) each
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask[:, None, None]).transpose(1, 2)

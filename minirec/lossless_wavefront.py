@@ -44,6 +44,24 @@ from minirec.decoding import Generation, Grid, check_counts
 from minirec.recurrent_block import RecurrentDepthLM
 
 
+def next_wave(
+    tokens: list[int], ran: list[int], guessed: list[int], r: int, guess_after: int, room: int
+) -> tuple[list[int], list[int]]:
+    """What a wave is after an outer step: the tokens its positions run on and their depths, left to right.
+
+    tokens, ran, guessed: for each position the token it ran on, its depth now, and what it now says should follow it.
+    A leftmost position that is r deep leaves.  room: the widest that the wave may become, at least 1.
+    """
+    # the first position that predicts another token than the one its right neighbour runs on
+    pairs = enumerate(zip(guessed, tokens[1:], strict=False), 1)
+    keep = next((i for i, (guess, token) in pairs if guess != token), len(tokens))
+    done = int(ran[0] == r)
+    tokens, depths = tokens[done:keep], ran[done:keep]
+    if not depths or (depths[-1] >= guess_after and len(depths) < room):
+        return [*tokens, guessed[keep - 1]], [*depths, 0]
+    return tokens, depths
+
+
 @torch.inference_mode()
 def generate(
     model: RecurrentDepthLM,
@@ -101,18 +119,9 @@ def generate(
             if grid.finished[row]:
                 continue
             guessed, ran = guessed[: widths[row]], [d + inner for d in depths[row]]
-            # the first position that predicts another token than the one its right neighbour runs on
-            pairs = enumerate(zip(guessed, tokens[row][1:], strict=False), 1)
-            keep = next((i for i, (guess, token) in pairs if guess != token), widths[row])
-            done = int(ran[0] == r)
-            if done:
+            if ran[0] == r:
                 grid.commit(row, guessed[0], r)
             grid.record(row, starts[row], ran, guessed)
-            tokens[row], depths[row] = tokens[row][done:keep], ran[done:keep]
-            position = starts[row] + keep  # of the next to open
-            if not depths[row] or (
-                depths[row][-1] >= guess_after and len(depths[row]) < widest and position <= last[row]
-            ):
-                tokens[row].append(guessed[keep - 1])
-                depths[row].append(0)
+            room = min(widest, last[row] + 1 - grid.next_position(row))
+            tokens[row], depths[row] = next_wave(tokens[row], ran, guessed, r, guess_after, room)
     return grid.results()

@@ -243,6 +243,25 @@ def speed_accuracy(results: Mapping[str, tuple[float, float]], baseline: str) ->
     return axes
 
 
+def pareto(points: Mapping[str, tuple[float, float]], title: str = "", ax: Axes | None = None) -> Axes:
+    """Settings of all samplers on the plane of speed and accuracy, and the front that no other setting beats.
+
+    points: "sampler, setting" -> (tokens per second, share of answers that are right); one colour a sampler.
+    """
+    ax = ax or plt.subplots(figsize=(5.2, 4.4), layout="constrained")[1]
+    kinds = list(dict.fromkeys(name.split(",")[0] for name in points))
+    for kind, colour in zip(kinds, plt.get_cmap("tab10")(np.arange(len(kinds))), strict=True):
+        own = np.array([xy for name, xy in points.items() if name.split(",")[0] == kind])
+        ax.scatter(own[:, 0], 100 * own[:, 1], s=34, color=colour, label=kind, alpha=0.85, edgecolor="white")
+    fastest_first = sorted(points.values(), reverse=True)
+    front = [xy for i, xy in enumerate(fastest_first) if xy[1] > max([y for _, y in fastest_first[:i]], default=-1)]
+    xs, ys = np.array(front).T
+    ax.plot(xs, 100 * ys, color=GREY, zorder=0, drawstyle="steps-pre")
+    ax.set(xlabel="tokens per second (median)", ylabel="answers right (%)", title=title, ylim=(-4, 104))
+    ax.legend(fontsize=8)
+    return ax
+
+
 def knobs(results: Mapping[str, Sequence[tuple]], defaults: Mapping[str, object] | None = None) -> np.ndarray:
     """What each setting costs and gives, one column a setting; returns the axes (3, number of settings).
 

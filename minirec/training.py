@@ -6,9 +6,12 @@ The objective of the paper is the expected loss over text x and over depth r (ar
     the first r - k steps run without gradient, the last k = min(r, mean_backprop_depth) with it.
 
 e enters every step, so the prelude learns although the graph is cut.  In our runs that alone gave a tiny model which
-is done after two steps, however hard the problem.  So most rows here draw their depth by the problem's difficulty:
-either as many steps as its answer is away, and a few more; or fewer, and then the target is what is reached by then
-(`staged`).
+is done after two steps, however hard the problem.  Two things make it use its loop (benchmarks/recipe.py):
+
+    stages   before a row has run the steps its problem needs, it is asked for the stage that so many steps reach
+    reads    a row is read and asked on its way as well, not only where it ends
+
+so that each step learns to do one step of the problem, and the steps beyond to leave the answer alone.
 
 Every batch, depth and initial state is a function of (seed, step): a killed run resumes to the same losses, and needs
 only weights, moments and a number.  Notebook: 02_training_through_depth.
@@ -21,6 +24,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,7 +50,7 @@ class TrainingConfig:
     `steps` are optimiser steps; `warmup`, `decay`, `joining` and `curriculum` are fractions of them.  `families` are
     taken in turn, a batch each.  `random`, `early` and what they leave of 1 are the shares of rows whose depth is
     drawn by the paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson
-    number more; a problem that needs a single step has no early rows.  `hardest` is the share of problems that are of
+    number more (mean `extra`); a problem that needs a single step has no early rows.  `hardest` is the share of problems that are of
     the hardest level joined: a row that stops early makes an easier problem of it, so the late steps are the rare ones.
     """
 
@@ -62,7 +66,8 @@ class TrainingConfig:
     early: float = 0.45
     random: float = 0.15
     extra: float = 2.0  # mean of the steps beyond those needed
-    staged: bool = True  # a row that stops early is asked for the stage reached, not for the answer
+    staged: bool = True  # before its steps are enough, a row is asked for the stage reached, not for the answer
+    reads: int = 4  # how often the coda reads a row on its way, the end included
     weight_decay: float = 0.05
     gradient_clip: float = 1.0
     seed: int = 0
@@ -72,7 +77,7 @@ class TrainingConfig:
     save_every: int = 500
 
     def __post_init__(self):
-        for name in ("steps", "batch_tokens", "log_every", "evaluate_every", "evaluate_on", "save_every"):
+        for name in ("steps", "batch_tokens", "reads", "log_every", "evaluate_every", "evaluate_on", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "gradient_clip"):
@@ -126,22 +131,49 @@ def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: flo
 
 
 def depth_loss(
-    model: RecurrentDepthLM, tokens: Tensor, labels: Tensor, depths: Tensor, backprop: int, state: Tensor
+    model: RecurrentDepthLM,
+    tokens: Tensor,
+    labels: Tensor,
+    depths: Tensor,
+    backprop: int,
+    state: Tensor,
+    reads: Sequence[int] = (0,),
 ) -> Tensor:
     """Mean cross-entropy, each row after its own number of recurrence steps, gradients through the last `backprop`.
 
-    tokens, labels (B, T) int64, labels already shifted and -100 where there is no loss; depths (B,) int64; state
-    (B, T, d) -> scalar.  Rows start one after the other, the deepest first, and end together: so one cut serves all.
+    tokens (B, T) int64; labels (B, T), already shifted and -100 where there is no loss, or (S, B, T): what a row is
+    asked for after step 1, 2, .. S and from there on; depths (B,) int64; state (B, T, d) -> scalar.  Rows start one
+    after the other, the deepest first, and end together: so one cut serves all.  reads: at how many steps before the
+    end, below `backprop`, the coda reads all rows that have started; the loss is the mean over these readings.
     """
     order = depths.argsort(descending=True, stable=True)
-    tokens, labels, state, depths = tokens[order], labels[order], state[order], depths[order].tolist()
+    labels = labels[None] if labels.dim() == 2 else labels
+    tokens, labels, state, depths = tokens[order], labels[:, order], state[order], depths[order].tolist()
     e = model.prelude(tokens)  # (B, T, d)
-    s = state[:0]  # (rows that have started, T, d)
+    s, losses = state[:0], []  # (rows that have started, T, d)
     for left in range(depths[0], 0, -1):
         started = sum(depth >= left for depth in depths)
         with torch.set_grad_enabled(left <= backprop and torch.is_grad_enabled()):
             s = model.recur(torch.cat([s, state[len(s) : started]]), e[:started])
-    return F.cross_entropy(model.coda(s).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        if left - 1 in reads:
+            stage = [min(depth - left, len(labels) - 1) for depth in depths[:started]]  # steps run, less one
+            asked = labels[stage, torch.arange(started)]  # (rows that have started, T)
+            losses.append(F.cross_entropy(model.coda(s).flatten(0, 1), asked.flatten(), ignore_index=IGNORE))
+    return torch.stack(losses).mean()
+
+
+def stages_of(problems: list[tasks.Problem], depths: list[int]) -> tuple[Tensor, Tensor]:
+    """The same, with labels for every step: tokens (B, T), labels (S, B, T) int64, S the most stages of a problem.
+
+    The text that a row reads while it is asked for earlier stages is the stage reached at its own depth.
+    """
+    tokens, last = batch_of(problems, depths)
+    labels = last.repeat(max(len(p.stages) for p in problems), 1, 1)  # (S, B, T)
+    for row, p in enumerate(problems):
+        for steps in range(1, len(labels) + 1):
+            target = p.reached(steps)
+            labels[steps - 1, row, len(p.prompt) - 1 : len(p.prompt) - 1 + len(target)] = torch.tensor(target)
+    return tokens, labels
 
 
 def batch_of(problems: list[tasks.Problem], depths: list[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -164,7 +196,8 @@ def batch_of(problems: list[tasks.Problem], depths: list[int] | None = None) -> 
 class Batches:
     """The training data: `batches[step]` is a function of (config, step), so any step can be asked for again.
 
-    A batch is tokens (B, T), labels (B, T) and depths (B,), all int64; `mean_depth` is the paper rule's.
+    A batch is tokens (B, T), labels (S, B, T), or (B, T) without stages, and depths (B,), all int64; `mean_depth` is
+    the paper rule's.
     """
 
     def __init__(self, config: TrainingConfig, mean_depth: float):
@@ -193,7 +226,14 @@ class Batches:
         problems = self._pools[family][step]
         generator = torch.Generator().manual_seed(config.run(step))
         depths = self._depths(problems, generator)
-        return *batch_of(problems, depths.tolist() if config.staged else None), depths
+        if config.staged:
+            return *stages_of(problems, depths.tolist()), depths
+        return *batch_of(problems), depths
+
+    def reads(self, step: int, backprop: int) -> list[int]:
+        """At how many steps before the end the coda reads: at the end, and where chance has it below `backprop`."""
+        others = random.Random(self.config.run(step)).sample(range(1, backprop), min(self.config.reads, backprop) - 1)
+        return [0, *others]
 
     def _length(self, family: str, level: int) -> int:
         """The longest line among some problems of a level."""
@@ -251,7 +291,8 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
         rows = torch.arange(len(tokens), device=device)[:, None]
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         state = model.initial_state(positions, seed=config.run(step) * len(tokens) + rows)
-        loss = depth_loss(model, tokens, labels, depths, model.config.mean_backprop_depth, state)
+        backprop = model.config.mean_backprop_depth
+        loss = depth_loss(model, tokens, labels, depths, backprop, state, data.reads(step, backprop))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)

@@ -110,12 +110,14 @@ def test_copy_deeper_repeats_the_last_step_that_ran():
     assert torch.equal(cache.parts["core"].flip(2), right)
 
 
-def test_shared_slots_need_no_copy():
+def test_shared_slots_need_a_copy_only_if_fewer_steps_ran_than_there_are_slots():
     cache = KVCache(CONFIG, batch=1, length=4, num_steps=4, kv="shared", kv_slots=2)
     cache.parts["core"].normal_(generator=torch.Generator().manual_seed(0))
-    before = cache.parts["core"].clone()
-    cache.copy_deeper(row=0, start=0, depths=[1])
-    assert torch.equal(cache.parts["core"], before)
+    before = cache.parts["core"].flip(2)  # by slot
+    cache.copy_deeper(row=0, start=0, depths=[2, 4, 1])
+    right = before.clone()
+    right[:, :, 1, 0, :, 2] = before[:, :, 0, 0, :, 2]
+    assert torch.equal(cache.parts["core"].flip(2), right)
 
 
 @pytest.mark.parametrize("starts", [[2, 2], [1, 3]])

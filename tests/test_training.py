@@ -19,7 +19,17 @@ from safetensors.torch import load_file
 
 from minirec import RecurrentConfig, RecurrentDepthLM, autoregressive, tasks, training
 from minirec.tokenizer import END, PAD, task_tokenizer
-from minirec.training import IGNORE, POOL, Batches, TrainingConfig, batch_of, depth_loss, exact_match, sample_depth
+from minirec.training import (
+    IGNORE,
+    POOL,
+    Batches,
+    TrainingConfig,
+    batch_of,
+    depth_loss,
+    exact_match,
+    sample_depth,
+    stages_of,
+)
 
 # --- the objective ------------------------------------------------------------------------------------------------
 
@@ -126,6 +136,30 @@ def test_depth_is_only_where_the_gradient_stops(loose):
     assert adapter[-1].norm() == 0
     with torch.no_grad():
         assert not depth_loss(loose, tokens, labels, depths, 6, state).requires_grad
+
+
+@given(
+    depths=st.lists(st.integers(1, 7), min_size=2, max_size=5), backprop=st.integers(3, 8),
+    reads=st.sets(st.integers(1, 2)), stages=st.integers(1, 4),
+)  # fmt: skip
+def test_a_row_is_asked_at_every_reading_for_what_it_has_reached(loose, depths, backprop, reads, stages):
+    """The mean over the readings of what a loss without the steps after it would be, on the labels of that step."""
+    tokens, labels, state = a_batch(len(depths))
+    by_step = torch.stack([labels.where(labels == IGNORE, (labels + 3 * k) % 23) for k in range(stages)])
+    losses = []
+    for before_end in (0, *reads):
+        rows = [i for i, depth in enumerate(depths) if depth > before_end]
+        if not rows:
+            continue
+        total = n = 0
+        for i in rows:
+            own, ran = slice(i, i + 1), depths[i] - before_end
+            asked = by_step[min(ran, stages) - 1, own]
+            total = total + by_hand(loose, tokens[own], asked, ran, max(0, backprop - before_end), state[own])
+            n += (asked != IGNORE).sum()
+        losses.append(total / n)
+    ours = depth_loss(loose, tokens, by_step, torch.tensor(depths), backprop, state, (0, *reads))
+    assert_same_loss(loose, ours, sum(losses) / len(losses))
 
 
 def test_no_row_takes_a_step_that_it_does_not_need(loose, monkeypatch):
@@ -258,7 +292,10 @@ class Row:
 
 
 def rows_of(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[Row]:
+    """The rows of a batch, with what each is asked for at its own depth."""
     tokens, labels, depths = batch
+    if labels.dim() == 3:  # by step
+        labels = labels[depths.clamp(max=len(labels)) - 1, torch.arange(len(tokens))]
     assert tokens.shape == labels.shape and depths.shape == (len(tokens),)
     assert {t.dtype for t in batch} == {torch.int64}
     decode, rows = task_tokenizer().decode, []
@@ -312,6 +349,26 @@ def test_with_depths_a_batch_asks_for_the_stage_reached(family):
         assert tokens[row].tolist() == line[:-1] + [PAD] * (tokens.shape[1] - len(line) + 1)
         assert labels[row, len(p.prompt) - 1 :][: len(target)].tolist() == target
         assert (labels[row] != IGNORE).sum() == len(target)
+
+
+def test_readings_are_drawn_below_the_last_steps_with_a_gradient():
+    data = Batches(TrainingConfig(reads=4), 12)
+    drawn_reads = [data.reads(step, 9) for step in range(300)]
+    assert all(reads[0] == 0 and len(set(reads)) == 4 for reads in drawn_reads)
+    assert_shares(Counter(r for reads in drawn_reads for r in reads[1:]), dict.fromkeys(range(1, 9), 1 / 8))
+    assert data.reads(3, 9) == drawn_reads[3]
+    assert sorted(data.reads(0, 3)) == [0, 1, 2], "as many as there are"
+    assert Batches(TrainingConfig(reads=1), 12).reads(0, 9) == [0]
+
+
+@FAMILY
+def test_labels_of_every_step_are_the_stages(family):
+    problems = tasks.heldout(5, seed=3, family=family)
+    tokens, labels = stages_of(problems, [1, 2, 3, 4, 30])
+    assert len(labels) == max(len(p.stages) for p in problems)
+    assert torch.equal(tokens, batch_of(problems, [1, 2, 3, 4, 30])[0])
+    for steps in range(1, len(labels) + 1):
+        assert torch.equal(labels[steps - 1], batch_of(problems, [steps] * 5)[1])
 
 
 def test_a_row_that_stops_early_is_asked_for_the_stage_it_reaches(stages_by_hand):
@@ -573,10 +630,10 @@ def test_a_run_is_a_plain_loop_over_its_batches(tmp_path, monkeypatch):
 
     data, plain, losses = Batches(config, model.config.mean_recurrence), fresh_model(), []
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.2, fused=True)
-    for step, (tokens, labels, depths, backprop, state) in enumerate(seen):
+    for step, (tokens, labels, depths, backprop, state, reads) in enumerate(seen):
         assert same((tokens, labels, depths), data[step])
-        assert backprop == model.config.mean_backprop_depth
-        losses.append(loss(plain, tokens, labels, depths, backprop, state))
+        assert backprop == model.config.mean_backprop_depth and reads == data.reads(step, backprop)
+        losses.append(loss(plain, tokens, labels, depths, backprop, state, reads))
         optimizer.zero_grad()
         losses[-1].backward()
         assert torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3) > 0.3
@@ -588,7 +645,7 @@ def test_a_run_is_a_plain_loop_over_its_batches(tmp_path, monkeypatch):
     assert log[0]["loss"] == pytest.approx(sum(losses[:4]).item() / 4)
     assert log[1]["loss"] == pytest.approx(losses[4].item())
 
-    states = [row for *_, state in seen for row in state[:, :5]]  # each (5, d): a row's first positions
+    states = [row for *_, state, _ in seen for row in state[:, :5]]  # each (5, d): a row's first positions
     assert len({tuple(state.flatten().tolist()) for state in states}) == len(states), "another for every row and step"
     spread = torch.stack(states).std().item()
     assert spread == pytest.approx(math.sqrt(2 / 5), rel=0.05)
@@ -674,6 +731,7 @@ def test_state_is_weights_moments_and_a_number(straight_run):
         ({"decay": 1.1}, "decay is 1.1"),
         ({"curriculum": 2.0}, "curriculum is 2.0"),
         ({"joining": -0.5}, "joining is -0.5"),
+        ({"reads": 0}, "reads is 0; it must be at least 1"),
         ({"early": -0.5}, "early is -0.5"),
         ({"random": 1.5}, "random is 1.5"),
         ({"early": 0.8, "random": 0.3}, "early is 0.8 and random 0.3"),

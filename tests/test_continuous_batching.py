@@ -1,0 +1,320 @@
+"""The batching engine: every request gets what it gets alone, nothing is lost, and nobody waits for ever."""
+
+import itertools
+import random
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, lossless_wavefront, tasks
+from minirec.continuous_batching import MODES, Engine, Stage, State
+
+MODE = pytest.mark.parametrize("mode", MODES)
+CHOICES = ({}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 4}, {"repetition_penalty": 1.4})
+REQUESTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "prompt": st.lists(st.integers(0, 22), min_size=1, max_size=12),
+            "max_new_tokens": st.integers(1, 10),
+            "num_steps": st.sampled_from([None, 2, 4]),
+            "threshold": st.sampled_from([None, 0.05, 0.4, 10.0]),
+            "choice": st.sampled_from(CHOICES),
+            "stop": st.sampled_from([(), (5,), (1, 2, 3)]),
+            "arrives": st.integers(0, 40),  # after so many passes
+            "cancelled": st.sampled_from([None, None, None, 0, 3, 20]),  # so many passes later
+        }
+    ),
+    min_size=1,
+    max_size=9,
+)
+ENGINES = st.fixed_dictionaries(
+    {
+        "slots": st.integers(1, 4),
+        "chunk": st.sampled_from([1, 3, 32]),
+        "guess_after": st.integers(1, 4),
+        "coda_batch": st.sampled_from([1, 3]),
+        "row_budget": st.sampled_from([1, 6, 64]),
+        "policy": st.sampled_from(["fcfs", "prefill_first"]),
+        "patience": st.sampled_from([1, 5]),
+        "init_scale": st.sampled_from([0.0, 1.0]),
+        "kv_budget": st.sampled_from([None, 30 * 6 * 2 * 16 * 8]),  # 30 tokens: 6 layer calls, k and v, width, float64
+    }
+)
+
+
+def alone(model, request: dict, seed: int, init_scale: float = 1.0, mode: str = "depth"):
+    """What a request gives without an engine."""
+    sampler, rule = autoregressive, {}
+    if request["threshold"] is not None and mode != "wavefront":
+        sampler, rule = adaptive_exit, {"threshold": request["threshold"]}
+    return sampler.generate(
+        model, request["prompt"], request["max_new_tokens"], num_steps=request["num_steps"], seed=seed,
+        stop_tokens=request["stop"], init_scale=init_scale, **rule, **request["choice"],
+    )  # fmt: skip
+
+
+def serve(model, mode: str, requests: list[dict], **options) -> tuple[Engine, dict, list]:
+    """Drive an engine through arrivals and cancellations; returns it, the number of each id, and all events."""
+    engine, ids, events = Engine(model, max_length=24, mode=mode, **options), {}, []
+    for now in itertools.count():
+        for number, request in enumerate(requests):
+            if request["arrives"] == now:
+                threshold = None if mode == "wavefront" else request["threshold"]
+                id = engine.submit(
+                    request["prompt"], request["max_new_tokens"], num_steps=request["num_steps"],
+                    threshold=threshold, seed=number, stop_tokens=request["stop"], **request["choice"],
+                )  # fmt: skip
+                ids[id] = number
+            if request["cancelled"] is not None and now == request["arrives"] + request["cancelled"]:
+                engine.cancel(next(id for id, n in ids.items() if n == number))
+        busy = engine.step()
+        events += engine.events()
+        if not busy and now > 70:
+            return engine, ids, events
+
+
+def check_served(model, mode, requests, engine, ids, events, init_scale=1.0) -> None:
+    assert not engine.busy and not engine.scheduler.waiting
+    assert sorted(engine.free) == list(range(len(engine.free))), "every slot has come back"
+    assert sorted(ids.values()) == list(range(len(requests)))
+    for id, number in ids.items():
+        request, right = engine.requests[id], alone(model, requests[number], number, init_scale, mode)
+        assert request.state in (State.FINISHED, State.CANCELLED)
+        if requests[number]["cancelled"] is None:
+            assert request.state is State.FINISHED
+        n = len(request.generation.tokens)
+        assert request.generation.tokens == right.tokens[:n] and request.generation.depth == right.depth[:n]
+        assert request.state is State.CANCELLED or n == len(right.tokens)
+        own = [event for event in events if event.request == id]
+        assert [event.token for event in own if event.token is not None] == request.generation.tokens
+        assert [event.finished for event in own] == [False] * (len(own) - 1) + [True], "ended once, and at the end"
+
+
+@MODE
+@given(st.integers(0, 3), REQUESTS, ENGINES)
+@settings(max_examples=13)
+def test_every_request_gets_what_it_gets_alone(small_model, mode, seed, requests, options):
+    model = small_model(seed)
+    check_served(model, mode, requests, *serve(model, mode, requests, **options), options["init_scale"])
+
+
+@pytest.mark.slow
+@MODE
+@given(st.integers(0, 3), REQUESTS, ENGINES)
+@settings(max_examples=125)
+def test_every_request_gets_what_it_gets_alone_500_times(small_model, mode, seed, requests, options):
+    model = small_model(seed)
+    check_served(model, mode, requests, *serve(model, mode, requests, **options), options["init_scale"])
+
+
+@MODE
+def test_every_request_gets_what_it_gets_alone_from_the_shipped_model(mode):
+    model, steps = RecurrentDepthLM.from_pretrained("tiny"), 8
+    engine = Engine(model, slots=4, max_length=200, mode=mode, num_steps=steps, chunk=16)
+    problems = [
+        p for family in tasks.FAMILIES for p in tasks.heldout(4, family=family, level=tasks.FAMILIES[family][1])
+    ]
+    rule = {} if mode == "wavefront" else {"threshold": 0.2}
+    ids = [engine.submit(p.prompt, 24, **rule) for p in problems]
+    got = engine.run()
+    for id, problem in zip(ids, problems, strict=True):
+        sampler = lossless_wavefront if mode == "wavefront" else adaptive_exit
+        how = {"guess_after": 1} if mode == "wavefront" else rule
+        right = sampler.generate(model, problem.prompt, 24, num_steps=steps, **how)
+        assert (got[id].tokens, got[id].depth) == (right.tokens, right.depth)
+
+
+def plain(n: int, new: int = 6) -> list[dict]:
+    rng = random.Random(n)
+    common = {"num_steps": None, "threshold": 0.3, "choice": {}, "stop": (), "arrives": 0, "cancelled": None}
+    return [common | {"prompt": [rng.randrange(23) for _ in range(1 + i % 7)], "max_new_tokens": new + i % 5}
+            for i in range(n)]  # fmt: skip
+
+
+def test_modes_differ_in_passes_and_not_in_tokens(small_model):
+    """Fewer recurrent passes from static to sequence to depth, and with a wave of every slot fewer still."""
+    passes, tokens = {}, {}
+    for mode in MODES:
+        engine, ids, _ = serve(small_model(0), mode, [r | {"threshold": None} for r in plain(12)], slots=3)
+        passes[mode] = engine.passes[Stage.RECUR]
+        tokens[mode] = {n: engine.requests[id].generation.tokens for id, n in ids.items()}
+    assert passes["static"] > passes["sequence"] >= passes["depth"] > passes["wavefront"]
+    assert all(t == tokens["static"] for t in tokens.values())
+    by_depth = {mode: serve(small_model(0), mode, plain(12), slots=3)[0].passes[Stage.RECUR] for mode in MODES[:3]}
+    assert by_depth["sequence"] > by_depth["depth"], "slots that exit early do not wait"
+
+
+def test_a_long_prompt_holds_nobody_up_for_more_than_a_chunk(small_model):
+    largest = []
+    engine = Engine(small_model(0), slots=2, max_length=48, chunk=4, on_pass=lambda p: largest.append(p.cells))
+    engine.submit([1], 12)
+    engine.submit(list(range(20)) * 2, 3)
+    times = [e.request for e in engine.stream() if e.token is not None]
+    assert max(largest) <= 4 + 1
+    assert times.index(1) > 5, "tokens of the short one came while the long prompt was being read"
+
+
+def test_prefill_first_reads_prompts_before_it_writes_and_starves_nobody(small_model):
+    def order(policy, patience=6):
+        engine = Engine(small_model(0), slots=3, max_length=48, policy=policy, chunk=2, patience=patience)
+        for prompt in ([1], list(range(20)), [2] * 15):
+            engine.submit(prompt, 8, stop_tokens=())
+        return [event.request for event in engine.stream()]
+
+    fair, eager = order("fcfs"), order("prefill_first")
+    assert Counter(fair) == Counter(eager) == {0: 8, 1: 8, 2: 8}
+    assert eager.index(1) < fair.index(1)
+    assert eager[1] == 0, "the first goes on now and then, though prompts are being read"
+    assert order("prefill_first", patience=1000)[1] != 0
+
+
+def test_the_first_in_line_is_not_passed_over(small_model):
+    """A small request would fit into the budget at once; the big one before it is admitted first."""
+    model = small_model(0)
+    per_token = Engine(model, slots=1, max_length=24).kv_bytes
+    engine = Engine(model, slots=4, max_length=24, kv_budget=24 * per_token)
+    ids = [engine.submit([1] * 4, 10), engine.submit([2] * 4, 16), engine.submit([3], 2)]
+    engine.run()
+    admitted = [engine.requests[id].admitted for id in ids]
+    assert admitted == sorted(admitted)
+    assert engine.requests[ids[1]].admitted >= engine.requests[ids[0]].ended
+
+
+@MODE
+def test_cancel_takes_effect_within_one_step(small_model, mode):
+    engine = Engine(small_model(0), slots=2, max_length=24, mode=mode)
+    ids = [engine.submit([i + 1] * 3, 15, stop_tokens=()) for i in range(4)]
+    while not engine.requests[ids[0]].generation.tokens:
+        engine.step()
+    had = len(engine.requests[ids[0]].generation.tokens)
+    assert engine.cancel(ids[0]) and engine.cancel(ids[3])
+    engine.step()
+    for id in (ids[0], ids[3]):
+        assert engine.requests[id].state is State.CANCELLED
+    assert len(engine.requests[ids[0]].generation.tokens) == had
+    got = engine.run()
+    assert [len(got[id].tokens) for id in ids[1:3]] == [15, 15] and got[ids[3]].tokens == []
+    assert not engine.cancel(ids[1]), "it has ended"
+    with pytest.raises(KeyError):
+        engine.cancel(99)
+
+
+def test_a_request_that_fails_fails_alone(small_model):
+    engine = Engine(small_model(0), slots=2, max_length=24)
+
+    def broken(token):
+        raise RuntimeError("the caller's own")
+
+    bad = engine.submit([1, 2], 5, on_token=broken)
+    told = engine.submit([1, 2], 5, on_token=lambda token: False)
+    good = engine.submit([1, 2], 5, stop_tokens=())
+    got = engine.run()
+    assert engine.requests[bad].state is State.FAILED and str(engine.requests[bad].error) == "the caller's own"
+    assert engine.requests[told].state is State.FINISHED and len(got[told].tokens) == 1
+    assert len(got[good].tokens) == 5 and sorted(engine.free) == [0, 1]
+
+
+def test_submit_and_cancel_from_another_thread(small_model):
+    engine, ids = Engine(small_model(0), slots=2, max_length=24), []
+
+    def client():
+        for i in range(20):
+            ids.append(engine.submit([i + 1], 4, stop_tokens=()))
+            if i % 5 == 4:
+                engine.cancel(ids[-1])
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    while thread.is_alive() or engine.step():
+        engine.step()
+    thread.join()
+    engine.run()
+    assert all(engine.requests[id].ended is not None for id in ids) and len(ids) == 20
+    for id in ids:
+        if engine.requests[id].state is State.FINISHED:
+            right = autoregressive.generate(small_model(0), engine.requests[id].prompt, 4, stop_tokens=())
+            assert engine.requests[id].generation.tokens == right.tokens
+
+
+def test_times_are_in_order_and_of_the_engines_clock(small_model):
+    clock = itertools.count()
+    engine = Engine(small_model(0), slots=1, max_length=24, clock=lambda: next(clock))
+    ids = [engine.submit([1, 2], 4, stop_tokens=()) for _ in range(3)]
+    engine.run()
+    for id in ids:
+        r = engine.requests[id]
+        stamps = [r.submitted, r.admitted, *r.token_times, r.ended]
+        assert stamps == sorted(stamps) and len(r.token_times) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["depth", "wavefront"])
+def test_ten_thousand_requests(small_model, mode):
+    """Random arrivals, lengths and cancellations: none lost, none twice, everything returned."""
+    rng, model = random.Random(0), small_model(0, dtype=torch.float32)
+    engine, ids, ended = Engine(model, slots=8, max_length=24, mode=mode, num_steps=2), [], Counter()
+    while len(ids) < 5000 or engine.busy or engine.scheduler.waiting:
+        while len(ids) < 5000 and len(engine.scheduler.waiting) < 12 and rng.random() < 0.7:
+            prompt = [rng.randrange(23) for _ in range(rng.randint(1, 8))]
+            ids.append(engine.submit(prompt, rng.randint(1, 3), seed=len(ids)))
+            if rng.random() < 0.1:
+                engine.cancel(rng.choice(ids[-9:]))
+        engine.step()
+        ended.update(event.request for event in engine.events() if event.finished)
+    assert ended == Counter(ids)
+    assert sorted(engine.free) == list(range(8))
+    states = Counter(request.state for request in engine.requests.values())
+    assert set(states) == {State.FINISHED, State.CANCELLED} and states[State.CANCELLED] > 100
+    order = [engine.requests[id].admitted for id in ids if engine.requests[id].admitted is not None]
+    assert order == sorted(order), "first come, first served"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"mode": "fast"}, "mode is 'fast'; it must be one of 'static', 'sequence', 'depth', 'wavefront'"),
+        ({"policy": "last"}, "policy is 'last'; it must be 'fcfs' or 'prefill_first'"),
+        ({"slots": 0}, "slots is 0"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"guess_after": 5}, "guess_after is 5; it must be from 1 to num_steps, here 4"),
+        ({"max_length": 49}, "max_length is 49; it must be from 2 to the context, 48"),
+        ({"max_length": 1}, "max_length is 1; it must be from 2 to the context, 48"),
+    ],
+)
+def test_a_bad_engine_is_refused(small_model, wrong, named):
+    with pytest.raises(ValueError, match=named):
+        Engine(small_model(0), **{"max_length": 24} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [1, 23]}, "prompt holds 23; token ids are from 0 to 22"),
+        ({"max_new_tokens": 23}, "prompt of 2 tokens and max_new_tokens 23 make 25; the context is 24 tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (
+            {"max_new_tokens": 20},
+            r"a prompt of 2 tokens and max_new_tokens 20 need 33,792 bytes .* kv_budget is 30,000",
+        ),
+        ({"num_steps": 5}, "num_steps is 5; this engine's cache is 4 steps deep"),
+        ({"threshold": -1.0}, "threshold is -1.0; it must be 0 or above, or None"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"kv": "shared"}, "kv is the engine's to choose"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_engine_goes_on(small_model, wrong, named):
+    engine = Engine(small_model(0), slots=2, max_length=24, kv_budget=30_000)
+    good = engine.submit([1, 2], 3, stop_tokens=())
+    with pytest.raises(ValueError, match=named):
+        engine.submit(**{"prompt": [1, 2], "max_new_tokens": 3} | wrong)
+    assert len(engine.run()[good].tokens) == 3 and len(engine.requests) == 1
+
+
+def test_a_threshold_is_refused_where_the_wave_is_lossless(small_model):
+    with pytest.raises(ValueError, match="mode 'wavefront' is lossless"):
+        Engine(small_model(0), max_length=24, mode="wavefront").submit([1], 3, threshold=0.1)
