@@ -22,13 +22,35 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import minirec
-from minirec import autoregressive, checkpoint, diffusion_forcing, tasks, training
+from minirec import (
+    adaptive_exit,
+    autoregressive,
+    checkpoint,
+    diffusion_forcing,
+    lossless_wavefront,
+    speculative,
+    tasks,
+    training,
+)
 from minirec.config import PRESETS, RecurrentConfig
 from minirec.kv_cache import bytes_per_token
 from minirec.recurrent_block import RecurrentDepthLM
 from minirec.tokenizer import BEGIN, END, PAD, task_tokenizer
 
-SAMPLERS = {"autoregressive": autoregressive.generate, "diffusion": diffusion_forcing.generate}
+SAMPLERS = {
+    "autoregressive": autoregressive.generate,
+    "adaptive": adaptive_exit.generate,
+    "speculative": speculative.generate,
+    "lossless": lossless_wavefront.generate,
+    "diffusion": diffusion_forcing.generate,
+}
+OWN = {  # sampler -> the options that only it has
+    "adaptive": ("criterion", "threshold"),
+    "speculative": ("draft_steps", "lookahead"),
+    "lossless": ("guess_after",),
+    "diffusion": ("inner_steps", "exit_threshold"),
+}
+DEMO_SAMPLERS = ("autoregressive", "lossless", "diffusion")
 DEMO_TOKENS = 128  # more than any solution of a word problem needs
 
 
@@ -63,7 +85,7 @@ def _is_about_input(error: Exception) -> bool:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Two samplers, the same problems: watch two answers, then compare on all, then draw one."""
+    """Three samplers, the same problems: watch two answers, then compare on all, then draw one."""
     from minirec import plots  # matplotlib: only where a picture is drawn
 
     if args.out.suffix.lower() != ".png":
@@ -75,8 +97,7 @@ def demo(args: argparse.Namespace) -> None:
         raise ValueError(f"{folder} has another vocabulary than the word problems of the demo")
     model = checkpoint.load(folder)
     depth = _given(args, "num_steps")
-    diffusion = _given(args, "inner_steps", "exit_threshold")
-    columns = {"autoregressive": depth, "diffusion": depth | diffusion}
+    columns = {sampler: depth | _given(args, *OWN.get(sampler, ())) for sampler in DEMO_SAMPLERS}
     problems = tasks.heldout(args.problems, seed=args.seed)
 
     def solve(sampler: str, problem: tasks.Problem, **options):
@@ -88,7 +109,7 @@ def demo(args: argparse.Namespace) -> None:
     print(f"model {args.model}: {_parameters(model):,} parameters, {r} recurrence steps deep\n")
     for number, problem in enumerate(problems[:2], 1):
         print(f"Problem {number}: {problem.text}")
-        for sampler in SAMPLERS:
+        for sampler in columns:
             print(f"\n[{sampler}] ", end="", flush=True)
             text = Stream(tokenizer)
             generation = solve(sampler, problem, on_token=text.add, trace=True)
@@ -97,7 +118,7 @@ def demo(args: argparse.Namespace) -> None:
                 traced = generation  # of the last sampler: diffusion forcing
         print(f"\n(the right answer is {problem.answer})\n")
 
-    runs = {sampler: [] for sampler in SAMPLERS}  # (generation, seconds) of every problem
+    runs = {sampler: [] for sampler in columns}  # (generation, seconds) of every problem
     for problem in tqdm(problems, desc="solving", disable=None, leave=False):
         for sampler, done in runs.items():  # one right after the other: both meet the same load on the machine
             started = time.perf_counter()
@@ -142,15 +163,15 @@ def _print_comparison(problems: list[tasks.Problem], runs: dict) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Text in, text out as its tokens freeze."""
-    diffusion = _given(args, "inner_steps", "exit_threshold")
-    if diffusion and args.sampler != "diffusion":
-        raise ValueError(f"--{next(iter(diffusion)).replace('_', '-')} is an option of --sampler diffusion")
+    for sampler, names in OWN.items():
+        for name in _given(args, *names) if sampler != args.sampler else ():
+            raise ValueError(f"--{name.replace('_', '-')} is an option of --sampler {sampler}")
     folder = checkpoint.locate(args.model)
     config, tokenizer = checkpoint.read_config(folder), _tokenizer_of(folder)
     prompt = _encode(tokenizer, sys.stdin.read() if args.prompt == "-" else args.prompt, config.bos_token_id)
     model = checkpoint.load(folder, device=args.device, dtype=getattr(torch, args.dtype) if "dtype" in args else None)
     names = ("num_steps", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kv", "kv_slots")
-    options = _given(args, *names) | diffusion
+    options = _given(args, *names, *OWN.get(args.sampler, ()))
     text = Stream(tokenizer, at_once=not args.stream)
     started = time.perf_counter()
     generation = SAMPLERS[args.sampler](model, prompt, args.max_new_tokens, on_token=text.add, **options)
@@ -201,6 +222,7 @@ def train(args: argparse.Namespace) -> None:
     model.generation_config = {
         "eos_token_id": [END],
         "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.2, "kv": "full"},
+        "lossless_wavefront": {"guess_after": 1},
     }
     try:
         log = training.train(model, config, args.out)
@@ -320,6 +342,10 @@ def _whole(low: int, high: int = 2**32 - 1):
     return whole_number
 
 
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults after every option, and examples printed as they are written."""
 
@@ -335,6 +361,12 @@ THREADS = ("--threads", _whole(1), ABSENT, "CPU threads (default: PyTorch's choi
 DEVICE = ("--device", _device, "cpu", "cpu, cuda, cuda:1, mps, ...")
 DEPTH = [
     ("--num-steps", int, ABSENT, "recurrence steps of a token, r (default: the checkpoint's mean_recurrence)"),
+    (
+        "--guess-after",
+        int,
+        ABSENT,
+        "lossless: depth of a guess that starts the next token (default: the checkpoint's, else 4)",
+    ),
     ("--inner-steps", int, ABSENT, "diffusion: recurrence steps an outer step, r' (default: the checkpoint's, else 4)"),
     ("--exit-threshold", float, ABSENT, "diffusion: freeze what moves less (default: the checkpoint's, else 0.03)"),
 ]
@@ -346,6 +378,10 @@ DEMO = [
 ]
 GENERATE = [
     ("--sampler", list(SAMPLERS), "diffusion", "how to decode"),
+    ("--criterion", list(adaptive_exit.CRITERIA), ABSENT, "adaptive: when a token is done (default: latent-diff)"),
+    ("--threshold", _number, ABSENT, "adaptive: below it, a token is done (default: the criterion's)"),
+    ("--draft-steps", int, ABSENT, "speculative: depth of a draft (default: 4)"),
+    ("--lookahead", int, ABSENT, "speculative: tokens of a draft (default: 4)"),
     ("--max-new-tokens", int, 128, "stop here at the latest"),
     ("--temperature", float, 0.0, "0 is greedy, and does not look at the next three options"),
     ("--top-k", int, ABSENT, "sample from the k likeliest (default: off)"),
@@ -399,7 +435,7 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     command(
-        demo, "solve held-out problems autoregressively and by diffusion forcing, side by side",
+        demo, "solve held-out problems autoregressively and by two wavefronts, side by side",
         "demo --problems 50 --exit-threshold 1", [MODEL, *DEMO, *DEPTH],
     )  # fmt: skip
     p = command(

@@ -69,21 +69,25 @@ def generate(
     max_new_tokens: int,
     *,
     num_steps: int | None = None,
-    guess_after: int = 4,
+    guess_after: int | None = None,
     max_wavefront: int | None = None,
     **options,
 ) -> Generation | list[Generation]:
     """Continue a prompt (list or 1-D tensor of ids), or a batch of prompts: autoregressive tokens in fewer passes.
 
     num_steps: recurrence steps of every token (None: the config's mean_recurrence).  guess_after, from 1 to num_steps:
-    the depth at which a position's guess is good enough to start the next one, and the length of an outer step.
+    the depth at which a position's guess is good enough to start the next one, and the length of an outer step (None:
+    the checkpoint's, else 4, or num_steps if that is less).
     max_wavefront, at least 1: the most positions in flight (None: no limit; num_steps / guess_after suffice).
     options: those of `minirec.decoding.Options`.  With kv="shared" a position reads steps of its past that
     autoregressive decoding would not, so the guarantee needs kv="full".  Returns a Generation, or a list of them for a
     batch, each row's independent of the others.  A bad argument is a ValueError.
     """
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    check_counts(num_steps=r, max_new_tokens=max_new_tokens, guess_after=guess_after)
+    check_counts(num_steps=r, max_new_tokens=max_new_tokens)
+    if guess_after is None:
+        guess_after = min(r, model.generation_config.get("lossless_wavefront", {}).get("guess_after", 4))
+    check_counts(guess_after=guess_after)
     if guess_after > r:
         raise ValueError(f"guess_after is {guess_after}; it must be from 1 to num_steps, here {r}")
     check_counts(max_wavefront=r if max_wavefront is None else max_wavefront)

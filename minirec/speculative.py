@@ -44,7 +44,7 @@ def generate(
     max_new_tokens: int,
     *,
     num_steps: int | None = None,
-    draft_steps: int = 4,
+    draft_steps: int | None = None,
     lookahead: int = 4,
     accept: float = 1.0,
     reuse: bool = True,
@@ -53,13 +53,14 @@ def generate(
     """Continue a prompt (list or 1-D tensor of ids), or a batch of prompts, draft by draft.
 
     num_steps: recurrence steps of every token that is returned (None: the config's mean_recurrence).  draft_steps, from
-    1 to num_steps, and lookahead, at least 1: depth and length of a draft.  accept, above 0 and at most 1: see above.
-    reuse: go on from the draft's states.  options: those of `minirec.decoding.Options`; with kv="shared" a draft reads
-    other steps of its past than the verifier would, so equality with autoregressive decoding needs kv="full".
-    Returns a Generation, or a list of them for a batch; each row accepts on its own and gets what it would get alone.
-    A bad argument is a ValueError.
+    1 to num_steps (None: 4, or num_steps if that is less), and lookahead, at least 1: depth and length of a draft.
+    accept, above 0 and at most 1: see above.  reuse: go on from the draft's states.  options: those of
+    `minirec.decoding.Options`; with kv="shared" a draft reads other steps of its past than the verifier would, so
+    equality with autoregressive decoding needs kv="full".  Returns a Generation, or a list of them for a batch; each
+    row accepts on its own and gets what it would get alone.  A bad argument is a ValueError.
     """
     r = model.config.mean_recurrence if num_steps is None else num_steps
+    draft_steps = min(r, 4) if draft_steps is None and isinstance(r, int) else draft_steps
     check_counts(num_steps=r, max_new_tokens=max_new_tokens, draft_steps=draft_steps, lookahead=lookahead)
     if draft_steps > r:
         raise ValueError(f"draft_steps is {draft_steps}; it must be from 1 to num_steps, here {r}")

@@ -50,8 +50,8 @@ class TrainingConfig:
     `steps` are optimiser steps; `warmup`, `decay`, `joining` and `curriculum` are fractions of them.  `families` are
     taken in turn, a batch each.  `random`, `early` and what they leave of 1 are the shares of rows whose depth is
     drawn by the paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson
-    number more (mean `extra`); a problem that needs a single step has no early rows.  `hardest` is the share of problems that are of
-    the hardest level joined: a row that stops early makes an easier problem of it, so the late steps are the rare ones.
+    number more (mean `extra`); a problem that needs a single step has no early rows.  `hardest` is the share of
+    problems that are of the hardest level joined: on its way it asks for what the easier levels ask for at the end.
     """
 
     steps: int = 12_000

@@ -26,6 +26,7 @@ from minirec import (
     checkpoint,
     cli,
     diffusion_forcing,
+    lossless_wavefront,
     tasks,
     training,
 )
@@ -90,7 +91,8 @@ def test_demo_shows_answers_and_a_table_and_draws_the_picture(minirec_, tmp_path
     table = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
     reference = [autoregressive.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
     forced = [diffusion_forcing.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
-    for column, generations in enumerate([reference, forced]):
+    lossless = [lossless_wavefront.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
+    for column, generations in enumerate([reference, lossless, forced]):
         tokens = sum(len(g.tokens) for g in generations)
         right = sum(p.is_correct(g.tokens) for p, g in zip(problems, generations, strict=True))
         same = sum(g.tokens == r.tokens for g, r in zip(generations, reference, strict=True))
@@ -123,11 +125,12 @@ def test_demo_speed_up_compares_tokens_per_second(capsys):
 
 def test_demo_passes_its_options_on(minirec_, tmp_path, calls):
     out = tmp_path / "w.png"
-    args = "--problems 1 --num-steps 6 --inner-steps 2 --exit-threshold 0.1".split()
+    args = "--problems 1 --num-steps 6 --inner-steps 2 --exit-threshold 0.1 --guess-after 3".split()
     assert minirec_("demo", *args, "--out", out)[0] == 0
-    assert {name for name, *_ in calls} == {"autoregressive", "diffusion"}
+    assert {name for name, *_ in calls} == {"autoregressive", "lossless", "diffusion"}
+    own = {"diffusion": {"inner_steps": 2, "exit_threshold": 0.1}, "lossless": {"guess_after": 3}}
     for name, _, _, options in calls:
-        expected = {"num_steps": 6} | ({"inner_steps": 2, "exit_threshold": 0.1} if name == "diffusion" else {})
+        expected = {"num_steps": 6} | own.get(name, {})
         assert {k: v for k, v in options.items() if k != "trace"} == expected
 
 
@@ -211,6 +214,14 @@ def test_generate_passes_its_options_on(minirec_, folder, calls):
         "num_steps": 6, "inner_steps": 2, "exit_threshold": 0.2, "temperature": 0.7, "top_k": 9, "top_p": 0.9,
         "min_p": 0.05, "repetition_penalty": 1.1, "seed": 4, "kv": "shared", "kv_slots": 2,
     }  # fmt: skip
+    for sampler, own in {
+        "adaptive": {"criterion": "argmax-stability", "threshold": 3},
+        "speculative": {"draft_steps": 2, "lookahead": 3},
+        "lossless": {"guess_after": 2},
+    }.items():
+        words = [word for name, value in own.items() for word in (f"--{name.replace('_', '-')}", value)]
+        assert minirec_("generate", "--model", folder, "--sampler", sampler, *words, STORY)[0] == 0
+        assert calls[-1][0] == sampler and own.items() <= calls[-1][3].items()
 
 
 def test_generate_in_another_number_format(minirec_, folder, monkeypatch):
@@ -246,6 +257,7 @@ def test_train_leaves_a_checkpoint_that_generate_reads(minirec_, tmp_path):
     model = checkpoint.load(made)
     assert model.generation_config["eos_token_id"] == [2]
     assert model.generation_config["diffusion_forcing"] == {"inner_steps": 1, "exit_threshold": 0.2, "kv": "full"}
+    assert model.generation_config["lossless_wavefront"] == {"guess_after": 1}
     assert minirec_("generate", "--model", made, "--max-new-tokens", 4, STORY)[0] == 0
 
 
@@ -375,10 +387,11 @@ def test_info_default_is_the_shipped_model(minirec_):
 @pytest.mark.parametrize(
     "command, options",
     [
-        ("demo", "problems seed threads model out inner-steps exit-threshold num-steps"),
+        ("demo", "problems seed threads model out inner-steps exit-threshold guess-after num-steps"),
         (
             "generate",
-            "model sampler max-new-tokens num-steps inner-steps exit-threshold temperature top-k top-p min-p "
+            "model sampler criterion threshold draft-steps lookahead guess-after "
+            "max-new-tokens num-steps inner-steps exit-threshold temperature top-k top-p min-p "
             "repetition-penalty seed kv kv-slots no-stream stats device dtype threads",
         ),
         (
@@ -459,6 +472,11 @@ def assert_one_error(result, *words):
         ("generate --exit-threshold nan", "exit_threshold is nan"),
         ("generate --sampler autoregressive --exit-threshold 0.1", "--exit-threshold"),
         ("generate --sampler autoregressive --inner-steps 2", "--inner-steps"),
+        ("generate --sampler lossless --threshold 0.1", "--threshold is an option of --sampler adaptive"),
+        ("generate --sampler adaptive --threshold -1", "threshold is -1"),
+        ("generate --sampler adaptive --criterion argmax-stability --threshold 0.5", "threshold is 0.5"),
+        ("generate --sampler lossless --guess-after 13", "guess_after is 13"),
+        ("generate --sampler speculative --draft-steps 13", "draft_steps is 13"),
         ("generate --sampler other", "other"),
         ("generate --temperature -1", "temperature is -1"),
         ("generate --temperature 1 --top-p 2", "top_p is 2"),
