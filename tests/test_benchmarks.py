@@ -1,5 +1,6 @@
 """The benchmarks run, print what they say, and time what they say; how long anything took is not looked at."""
 
+import csv
 import dataclasses
 import importlib
 import itertools
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from minirec import RecurrentConfig, RecurrentDepthLM, tasks
 from minirec.decoding import Generation, Grid
+from minirec.kv_cache import KVCache
 from minirec.training import TrainingConfig, exact_match
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -64,8 +66,14 @@ def overhead_run(overhead, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def samplers_run(samplers, tmp_path_factory):
-    return run(samplers, ["--problems", "1"], tmp_path_factory.mktemp("samplers"))
+def samplers_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("samplers")
+
+
+@pytest.fixture(scope="module")
+def samplers_run(samplers, samplers_folder):
+    files = ["--csv", str(samplers_folder / "rows.csv"), "--figure", str(samplers_folder / "plane.png")]
+    return run(samplers, ["--problems", "1", "--families", "words", "hops", *files], samplers_folder)
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -200,33 +208,57 @@ def test_profile_counts_the_attention_inside_the_cache_once(overhead, ticks, mon
     assert first["whole"] / 1e3 == 175
 
 
-def test_samplers_reports_every_setting_from_one_run(samplers, samplers_run):
+def test_samplers_reports_every_setting_of_every_family_from_one_run(samplers, samplers_run):
     text, written = samplers_run
-    rows = written["rows"]
-    ((_, *printed),) = tables(text)
-    assert [row[0] for row in printed] == list(rows) == list(samplers.samplers(12))
-    assert samplers.DEFAULTS in rows
-    for options in ("inner_steps 4, exit_threshold 0.3", "max_wavefront 1", "schedule fixed", "freeze last"):
-        assert f"diffusion forcing, {options}" in rows
-    reference = rows[samplers.at_depth(12)]
-    assert reference["same_tokens"] == reference["speed_up_in_all"] == 1
-    assert set(reference["speed_up"].values()) == {1}
-    for depth in (*samplers.DEPTHS, 12):
-        row = rows[samplers.at_depth(depth)]
-        assert row["passes_per_token"] == depth and row["decodes_per_token"] == 1
-    counts = ("correct", "whole_text", "same_tokens", "passes_per_token", "row_steps_per_token", "decodes_per_token")
-    again = rows["diffusion forcing, max_wavefront 128"]  # the default, spelled out
-    assert all(again[key] == rows[samplers.DEFAULTS][key] for key in counts)
-    depth = written["defaults_against_smallest_full_depth"]["depth"]
-    assert depth in (*samplers.DEPTHS, 12) and f"Smallest depth with the full accuracy: r = {depth}" in text
+    assert list(written["families"]) == ["words", "hops"]
+    for found, printed in zip(written["families"].values(), zip(*[iter(tables(text))] * 2, strict=True), strict=True):
+        rows = found["rows"]
+        for _, *lines in printed:
+            assert [line[0] for line in lines] == list(rows) == list(samplers.samplers(12))
+        kinds = {name.split(",")[0] for name in rows}
+        own = {"autoregressive", "adaptive exit", "speculative", "lossless wavefront", "diffusion forcing"}
+        assert kinds == own and samplers.DEFAULTS in rows
+        reference = rows[samplers.at_depth(12)]
+        assert reference["same_tokens"] == 1 and set(reference["speed_up"].values()) == {1}
+        for depth in (*samplers.DEPTHS, 12):
+            row = rows[samplers.at_depth(depth)]
+            assert row["passes_per_token"] == depth and row["decodes_per_token"] == 1
+            assert row["depth"]["min"] == row["depth"]["max"] == depth
+            # a prelude and a coda layer and one core layer a step; keys and values; d = 96; 4 bytes
+            assert row["kv_bytes"] == (2 + depth) * 2 * 96 * 4
+        for name, row in rows.items():
+            if name.startswith(("speculative", "lossless")):
+                assert row["same_tokens"] == 1 and row["depth"]["min"] == 12
+            assert sum(row["shares"].values()) == pytest.approx(1) and min(row["shares"].values()) > 0
+        assert rows["diffusion forcing, kv shared"]["kv_bytes"] == 3 * 2 * 96 * 4
+        reused, again = (rows[f"speculative, draft_steps 2, lookahead 4{x}"] for x in ("", ", reuse False"))
+        assert reused["passes_per_token"] < again["passes_per_token"]
+        depth = found["smallest_full_depth"]
+        assert depth in (*samplers.DEPTHS, 12) and f"Smallest depth with the full accuracy: r = {depth}" in text
+        assert set(rows[samplers.at_depth(depth)]["speed_up_over_smallest"].values()) == {1}
+
+
+def test_samplers_writes_every_number_as_csv_and_draws_the_plane(samplers_run, samplers_folder):
+    rows = list(csv.DictReader((samplers_folder / "rows.csv").open()))
+    written = samplers_run[1]["families"]
+    one = {(r["family"], r["sampler"], r["quantity"]): float(r["value"]) for r in rows}
+    assert len(one) == len(rows)
+    for family, found in written.items():
+        for name, row in found["rows"].items():
+            assert one[family, name, "passes_per_token"] == row["passes_per_token"]
+            assert one[family, name, "speed_up median"] == row["speed_up"]["median"]
+    assert (samplers_folder / "plane.png").stat().st_size > 10_000
 
 
 def test_summary_of_made_up_results(samplers):
     problems = tasks.heldout(4)
     right = [p.target for p in problems]
-    base = [(8.0, Generation(tokens=t, passes=8 * len(t))) for t in right]
+    base = [(8.0, Generation(tokens=t, depth=[8] * len(t), passes=8 * len(t))) for t in right]
     other = [[*right[0], 3], right[1], right[2][:4], right[3]]  # one token too many; and one breaks off
-    row = [(t, Generation(tokens=g, passes=2 * len(g))) for t, g in zip([2.0, 4.0, 8.0, 16.0], other, strict=True)]
+    row = [
+        (t, Generation(tokens=g, depth=[2] * len(g), passes=2 * len(g)))
+        for t, g in zip([2.0, 4.0, 8.0, 16.0], other, strict=True)
+    ]
     result = samplers.summary(row, base, problems)
     assert result["correct"] == 3 and result["whole_text"] == result["same_tokens"] == 0.5
     assert result["speed_up"]["median"] == 1.5 and result["speed_up"]["max"] == 4 and result["speed_up"]["min"] == 0.5
@@ -309,3 +341,89 @@ def test_every_variant_of_the_recipe_can_be_built(recipe):
         assert changes.keys() <= fields and 0 <= identity <= 1
         TrainingConfig(**changes)
         dataclasses.replace(RecurrentConfig.preset("tiny"), **shape)
+
+
+# --- kv_sharing.py ---
+
+kv_sharing = script("kv_sharing")
+
+
+@pytest.fixture(scope="module")
+def kv_sharing_run(kv_sharing, tmp_path_factory):
+    arguments = ["--problems", "2", "--families", "hops", "--levels", "1", "9"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_sharing, "SLOTS", (1, 4, 99))
+        return run(kv_sharing, arguments, tmp_path_factory.mktemp("kv"))
+
+
+def test_kv_sharing_reports_every_cache_and_what_it_keeps(kv_sharing_run):
+    text, written = kv_sharing_run
+    names = ["full", "shared, 1 slot", "shared, 4 slots", "latest"]  # 99 slots are more than the steps
+    ((head, *printed),) = tables(text)
+    assert head[2:] == ["hops 1", "hops 9"]
+    assert [row[0] for row in printed] == list(written["caches"]) == names
+    slots = {name: row["bytes_per_token"] / (2 * 96 * 4) - 2 for name, row in written["caches"].items()}
+    assert slots == dict(zip(names, (12, 1, 4, 12), strict=True)), "of one core layer; keys and values, float32"
+    for name, row in written["caches"].items():
+        for group in row["groups"].values():
+            assert name == "latest" or group["depth"] == 12
+            assert name != "full" or group["same_tokens"] == 1
+    latest, full = (written["caches"][name]["groups"]["hops 1"] for name in ("latest", "full"))
+    assert full["right"] == 1 and latest["depth"] < 9, "easy ones, and their tokens leave early"
+
+
+def test_word_problems_are_mixed_and_the_others_go_by_level(kv_sharing):
+    found = kv_sharing.groups(["words", "automaton"], [2, 9], 12)
+    assert list(found) == ["words", "automaton 2", "automaton 9"]
+    assert [{p.level for p in problems} for problems in found.values()] == [{2, 3, 4, 5}, {2}, {9}]
+    assert found["words"] == tasks.heldout(12) and {p.family for p in found["automaton 9"]} == {"automaton"}
+    assert kv_sharing.groups(["hops"], None, 3) == {"hops": tasks.heldout(3, family="hops")}
+
+
+def test_every_row_of_kv_sharing_decodes_with_its_own_cache(kv_sharing, tiny, monkeypatch):
+    allocated, asked = [], []
+    init = KVCache.__init__
+
+    def spy(cache, *args, **kwargs):
+        init(cache, *args, **kwargs)
+        allocated.append((cache.kv, cache.slots))
+
+    monkeypatch.setattr(KVCache, "__init__", spy)
+    monkeypatch.setattr(kv_sharing, "BATCH", 2)
+    problems = tasks.heldout(3, family="hops", level=1)
+    for name, cache in kv_sharing.caches(6).items():
+        asked.append((cache["kv"], cache.get("kv_slots", 12)))
+        assert len(kv_sharing.solve(tiny, problems, name, cache)) == 3
+    assert allocated == [row for row in asked for _ in range(2)]  # three problems are two batches
+    assert asked == [("full", 12), ("shared", 1), ("shared", 2), ("shared", 4), ("full", 12)]
+
+
+def test_latest_is_the_exit_of_depth_py(kv_sharing, depth, monkeypatch):
+    monkeypatch.setattr(depth, "THRESHOLDS", (0.2,))
+    model, problems = RecurrentDepthLM.from_pretrained("tiny"), tasks.heldout(3, family="hops", level=2)
+    results = kv_sharing.solve(model, problems, "latest", {"kv": "full"})
+    found, theirs = kv_sharing.summary(results, results, problems), depth.exits(model, problems)["full, 0.2"]
+    assert found["right"] == theirs["right"] == 1 and found["depth"] == theirs["depth"] < 12
+
+
+def test_kv_sharing_of_made_up_results(kv_sharing):
+    problems = tasks.heldout(2, family="hops", level=1)
+    full = [Generation(tokens=p.target, depth=[12] * 4) for p in problems]
+    other = [Generation(tokens=full[0].tokens, depth=[1, 3]), Generation(tokens=[7, *full[1].tokens], depth=[12] * 4)]
+    full.append(full[1])
+    problems, other = [*problems, problems[1]], [*other, other[1]]
+    found = kv_sharing.summary(other, full, problems)
+    assert found == {"right": 1 / 3, "same_tokens": 1 / 3, "depth": 100 / 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--problems", "0"], "--problems is 0; it must be at least 1"),
+        (["--levels", "1", "99"], "level is 99; in split 'heldout' family 'automaton' has levels (1, 2,"),
+    ],
+)
+def test_bad_arguments_of_kv_sharing_are_said(kv_sharing, arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        kv_sharing.main(arguments)
+    assert says in capsys.readouterr().err

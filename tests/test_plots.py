@@ -137,3 +137,17 @@ def test_the_only_line_of_a_panel_needs_no_legend():
     left, right = plots.over_training({"loss": {"loss": one}, "exact match": {"words": one, "hops": two}})
     assert left.lines[0].get_color() not in {line.get_color() for line in right.lines}
     assert [text.get_text() for text in left.figure.legends[0].get_texts()] == ["words", "hops"]
+
+
+# --- The plane of speed and accuracy: benchmarks/samplers.py ---
+
+
+def test_points_of_the_plane_and_its_front():
+    points = {"slow": (10.0, 0.9), "slow, r = 2": (30.0, 0.8), "fast, a": (20.0, 0.5), "fast, b": (50.0, 0.2)}
+    ax = plots.pareto(points, title="words")
+    drawn = {tuple(xy) for dots in ax.collections for xy in dots.get_offsets().tolist()}
+    assert drawn == {(x, 100 * y) for x, y in points.values()}
+    assert [dots.get_label() for dots in ax.collections] == ["slow", "fast"], "one colour a sampler"
+    (front,) = ax.lines
+    assert list(zip(*front.get_data(), strict=True)) == [(50.0, 20.0), (30.0, 80.0), (10.0, 90.0)]
+    assert ax.get_title() == "words"
