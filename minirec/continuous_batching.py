@@ -343,8 +343,7 @@ class Engine:
     def _recur(self, slots: list[Slot]) -> None:
         at, grid = self._cells(slots), self.grid
         before = at.read(grid.state)  # (N, 1, d)
-        depth = torch.tensor([d for slot in slots for d in slot.depths], device=before.device)[:, None]  # (N, 1)
-        s = grid.recur(before, at.read(self.embedding), at, depth)
+        s = grid.recur(before, at.read(self.embedding), at, at.depths([d for slot in slots for d in slot.depths]))
         at.write(grid.state, s)
         calm = None
         if any(slot.request.threshold is not None for slot in slots):

@@ -18,6 +18,7 @@ written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -42,29 +43,52 @@ def bytes_per_token(
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The depths of one row's window, as runs: (first cell, cells, depth of the first, fall from each to the next).
+    """The depths of some cells, as runs: (first cell, cells, depth of the first, fall from each to the next).
 
-    `cells` has them one by one.  Adding a number is taking so many steps.
+    A run is of one row and of neighbouring positions.  Adding a number is taking so many steps.
     """
 
-    cells: tuple[int, ...]
+    cells: tuple[int, ...]  # one by one
     runs: tuple[tuple[int, int, int, int], ...]
 
     @classmethod
-    def of(cls, cells: list[int]) -> Diagonal:
-        """Cut depths, left to right, where they don't fall as evenly as before."""
+    def of(cls, cells: list[int], starts: Collection[int] = ()) -> Diagonal:
+        """Cut depths, left to right, where they don't fall as evenly as before, and at `starts`, where a row begins."""
         runs: list[tuple[int, int, int, int]] = []
         for i, depth in enumerate(cells):
             first, n, start, fall = runs[-1] if runs else (0, 0, 0, 0)
             drop = cells[i - 1] - depth
-            if drop > 0 and n and (n == 1 or drop == fall):
+            if n and i not in starts and (drop == fall if n > 1 else drop >= 0):
                 runs[-1] = (first, n + 1, start, drop)
             else:
-                runs.append((i, 1, depth, 1))
+                runs.append((i, 1, depth, 0))
         return cls(tuple(cells), tuple(runs))
 
     def __add__(self, steps: int) -> Diagonal:
         return Diagonal(tuple(d + steps for d in self.cells), tuple((i, n, d + steps, f) for i, n, d, f in self.runs))
+
+
+def _attend_run(
+    keys: Tensor, values: Tensor, depth: int, fall: int, start: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+) -> Tensor:
+    """Store and attend for one run: keys, values (slots, H, L, c) of its row; q, k, v (H, n, c) -> (n, H, c).
+
+    start: position of its first cell; mask (n, end or more) additive.
+    """
+    n, end, stored = q.shape[1], start + q.shape[1], len(keys) - 1 - depth
+    mask = None if n == 1 else mask[:, :end]
+    if fall == 0:  # all in one slot: a little window
+        ks, vs = keys[stored], values[stored]  # (H, L, c)
+        ks[:, start:end], vs[:, start:end] = k, v
+        y = F.scaled_dot_product_attention(q[None], ks[None, :, :end], vs[None, :, :end], attn_mask=mask)
+        return y[0].transpose(0, 1)
+    steps = slice(stored, stored + (n - 1) * fall + 1, fall)
+    ks, vs = keys[steps], values[steps]  # (n, H, L, c): all positions, as each cell's step sees them
+    # (H, c, n): step i at position start + i
+    ks.diagonal(start, 0, 2).copy_(k.transpose(1, 2))
+    vs.diagonal(start, 0, 2).copy_(v.transpose(1, 2))
+    mask, one = mask[:, None, None], q.transpose(0, 1)[:, :, None]  # (n, 1, 1, end), (n, H, 1, c)
+    return F.scaled_dot_product_attention(one, ks[:, :, :end], vs[:, :, :end], attn_mask=mask)[:, :, 0]
 
 
 class KVCache:
@@ -210,7 +234,14 @@ class Window:
         # every cell at its own depth: let the cells be the batch of the attention
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
         if isinstance(slot, Diagonal):
-            return self._attend_along(slot, keys[:, 0], values[:, 0], q[0], k[0], v[0])
+            parts = [
+                _attend_run(
+                    keys[:, 0], values[:, 0], depth, fall, self.start + first,
+                    *(x[0, :, first : first + n] for x in (q, k, v)), self.mask[0, 0, first : first + n],
+                )
+                for first, n, depth, fall in slot.runs
+            ]  # fmt: skip
+            return torch.cat(parts)[None]  # (1, W, H, c)
         slot = self.cache.slots - 1 - slot  # as stored
         positions = self.positions.expand(slot.shape)  # (B, W)
         keys[slot, self.rows, :, positions] = k.transpose(1, 2)
@@ -222,35 +253,19 @@ class Window:
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
         return y.squeeze(2).unflatten(0, slot.shape)
 
-    def _attend_along(self, cells: Diagonal, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same for one row, run by run: keys, values (slots, H, L, c); q, k, v (H, W, c) -> (1, W, H, c)."""
-        parts = []
-        for first, n, depth, fall in cells.runs:
-            start = self.start + first
-            stored = self.cache.slots - 1 - depth
-            steps = slice(stored, stored + (n - 1) * fall + 1, fall)
-            ks, vs = keys[steps], values[steps]  # (n, H, L, c): all positions, as each cell's step sees them
-            # (H, c, n): step i at position start + i
-            ks.diagonal(start, 0, 2).copy_(k[:, first : first + n].transpose(1, 2))
-            vs.diagonal(start, 0, 2).copy_(v[:, first : first + n].transpose(1, 2))
-            end = start + n
-            mask = None if n == 1 else self.mask[0, 0, first : first + n, None, None, :end]  # (n, 1, 1, end)
-            one = q[:, first : first + n].transpose(0, 1)[:, :, None]  # (n, H, 1, c)
-            parts.append(F.scaled_dot_product_attention(one, ks[:, :, :end], vs[:, :, :end], attn_mask=mask)[:, :, 0])
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]  # (1, W, H, c)
-
 
 class Cells(Window):
     """Any cells of any rows in one pass: a window of one position for each, which need not be of different rows.
 
-    rows, positions: lists of N row numbers and positions.  Where a method of Window speaks of B rows and W positions,
-    read N and 1.  Cells of one row see each other if they are at the same depth, and the left ones only, as always.
+    rows, positions: lists of N row numbers and positions, those of a row side by side and from left to right.  Where a
+    method of Window speaks of B rows and W positions, read N and 1.
     """
 
     def __init__(self, cache: KVCache, rows: list[int], positions: list[int], rope: Tensor):
-        device = rope.device
         self.cache, self.width, self.start, self.end = cache, 1, None, max(positions) + 1
-        self._rows, self.positions = torch.tensor([rows, positions], device=device)[..., None]  # (N, 1) each
+        self.cells = list(zip(rows, positions, strict=True))
+        self.starts = {i for i, (row, p) in enumerate(self.cells) if i == 0 or self.cells[i - 1] != (row, p - 1)}
+        self._rows, self.positions = torch.tensor([rows, positions], device=rope.device)[..., None]  # (N, 1) each
         self.rope = rope[self.positions]  # (N, 1, 1, 1, c/2)
         self.mask = torch.where(cache.index[: self.end] <= self.positions, cache.shown, cache.hidden)  # (N, end)
 
@@ -259,11 +274,25 @@ class Cells(Window):
         """Row numbers (N, 1)."""
         return self._rows
 
-    def attend(self, part: str, layer: int, slot: int | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store each cell's k and v, then let it attend to its own row: (N, H, 1, c) each -> (N, 1, H, c)."""
+    def depths(self, depths: list[int]) -> Diagonal:
+        """What `recur` takes as the depths of these cells."""
+        return Diagonal.of(depths, self.starts)
+
+    def attend(self, part: str, layer: int, slot: int | Diagonal | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store each cell's k and v, then let it attend to its own row: (N, H, 1, c) each -> (N, 1, H, c).
+
+        Run by run, on views.  With int64 slots it gathers: one copy of all that is read, but no loop over runs.
+        """
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
-        rows, positions = self._rows[:, 0], self.positions[:, 0]  # (N,)
-        stored = keys.shape[0] - 1 - (slot[:, 0] if isinstance(slot, Tensor) else torch.full_like(rows, slot))
-        keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
-        keys, values = keys[stored, rows, :, : self.end], values[stored, rows, :, : self.end]  # (N, H, end, c) each
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask[:, None, None]).transpose(1, 2)
+        if isinstance(slot, Tensor):
+            stored, rows, positions = len(keys) - 1 - slot.flatten(), self._rows[:, 0], self.positions[:, 0]  # (N,)
+            keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
+            keys, values = keys[stored, rows, :, : self.end], values[stored, rows, :, : self.end]  # (N, H, end, c)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask[:, None, None]).transpose(1, 2)
+        parts = []
+        for first, n, depth, fall in (self.depths([slot] * len(q)) if isinstance(slot, int) else slot).runs:
+            row, start = self.cells[first]
+            own = (x[first : first + n, :, 0].transpose(0, 1) for x in (q, k, v))  # (H, n, c) each
+            mask = self.mask[first : first + n]
+            parts.append(_attend_run(keys[:, row], values[:, row], depth, fall, start, *own, mask))
+        return torch.cat(parts)[:, None]  # (N, 1, H, c)

@@ -128,6 +128,18 @@ def test_every_request_gets_what_it_gets_alone_from_the_shipped_model(mode):
         assert (got[id].tokens, got[id].depth) == (right.tokens, right.depth)
 
 
+@pytest.mark.parametrize("kv", [{"kv": "shared"}, {"kv": "shared", "kv_slots": 3}])
+@pytest.mark.parametrize("mode", ["sequence", "depth"])
+def test_shared_slots_too_give_what_a_request_gets_alone(small_model, mode, kv):
+    model, requests = small_model(1), plain(7)
+    engine = Engine(model, slots=3, max_length=24, mode=mode, chunk=32, **kv)
+    ids = [engine.submit(r["prompt"], r["max_new_tokens"], threshold=0.3, stop_tokens=()) for r in requests]
+    got = engine.run()
+    for id, r in zip(ids, requests, strict=True):
+        right = adaptive_exit.generate(model, r["prompt"], r["max_new_tokens"], threshold=0.3, stop_tokens=(), **kv)
+        assert (got[id].tokens, got[id].depth) == (right.tokens, right.depth)
+
+
 def plain(n: int, new: int = 6) -> list[dict]:
     rng = random.Random(n)
     common = {"num_steps": None, "threshold": 0.3, "choice": {}, "stop": (), "arrives": 0, "cancelled": None}

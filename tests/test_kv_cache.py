@@ -131,3 +131,26 @@ def test_read_and_write_are_each_others_inverse(small_model, starts):
     for row, start in enumerate(starts):
         assert torch.equal(grid[row, start : start + 3], values[row])
     assert (grid != 0).sum() == 24, "nothing else was written"
+
+
+@given(st.integers(0, 3), st.data())
+def test_cells_read_as_views_are_the_cells_that_are_gathered(small_model, seed, data):
+    """Rows with windows of their own, waves and positions of one depth: the same states, the same keys and values."""
+    model, rows, positions, depths = small_model(seed, n_layers_in_recurrent_block=2), [], [], []
+    for row in range(3):
+        width, start = data.draw(st.integers(0 if row else 1, 4)), data.draw(st.integers(0, 5))
+        own = data.draw(st.lists(st.integers(0, 4), min_size=width, max_size=width))
+        rows += [row] * width
+        positions += range(start, start + width)
+        depths += sorted(own, reverse=True)
+    results = []
+    for views in (True, False):
+        grid = Grid(model, [[1] * 4, [2] * 6, [3] * 9], max_new_tokens=2, num_steps=5)
+        for part in grid.cache.parts.values():
+            part.normal_(generator=torch.Generator().manual_seed(1))
+        at = grid.cells(rows, positions)
+        depth = at.depths(depths) if views else torch.tensor(depths)[:, None]
+        s = grid.recur(at.read(grid.state), grid.embed(at), at, depth)
+        logits = grid.decode(s, at)
+        results.append((s, logits, *(part.clone() for part in grid.cache.parts.values())))
+    torch.testing.assert_close(*results)
