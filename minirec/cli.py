@@ -225,7 +225,7 @@ def train(args: argparse.Namespace) -> None:
         "lossless_wavefront": {"guess_after": 1},
     }
     try:
-        log = training.train(model, config, args.out)
+        log = training.train(model, config, args.out, **_given(args, "until"))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("(the same command goes on from the last save)") from None
     folder = args.out / "checkpoint"
@@ -455,6 +455,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--start", default=ABSENT, metavar="MODEL", help="begin with this model's weights and shape, not anew"
     )
+    p.add_argument("--until", type=int, default=ABSENT, metavar="STEP", help="stop after this step (default: the last)")
     for f in dataclasses.fields(training.TrainingConfig):
         kind = {"nargs": "+"} if f.name == "families" else {"type": type(f.default)}
         kind = {"type": _whole(0)} if f.name == "seed" else kind

@@ -265,12 +265,16 @@ def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_step
     return ((guesses == labels) | (labels == IGNORE)).all(dim=1).float().mean().item()
 
 
-def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -> list[dict]:
+def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, until: int | None = None) -> list[dict]:
     """Train `model` in place and return the log; `folder` gets the log, resumable state and the checkpoint.
 
     If `folder` holds a run of the same configuration, it is continued where it was last saved; a run of
     another configuration is a ValueError.  A run that is killed loses what it did since the last save.
+    until: stop after this step, for now or for good; what is planned for later steps stays as it is.
     """
+    end = config.steps if until is None else until
+    if not 1 <= end <= config.steps:
+        raise ValueError(f"until is {until}; it must be from 1 to steps, here {config.steps}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = model.device
@@ -286,7 +290,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
     held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}
     started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
     model.train()
-    for step in tqdm(range(first, config.steps), initial=first, total=config.steps, disable=None):
+    for step in tqdm(range(first, end), initial=first, total=end, disable=None):
         tokens, labels, depths = (t.to(device) for t in data[step])
         rows = torch.arange(len(tokens), device=device)[:, None]
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
@@ -302,14 +306,14 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path) -
 
         running.append(loss.item())
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        if done % config.log_every == 0 or done == end:
             row = {"step": done, "loss": sum(running) / len(running), "rate": config.rate(step)}
             row["seconds"] = round(spent + time.perf_counter() - started, 1)
-            if done % config.evaluate_every == 0 or done == config.steps:
+            if done % config.evaluate_every == 0 or done == end:
                 row |= {family: exact_match(model, problems) for family, problems in held_out.items()}
             log.append(row)
             running = []
-        if done % config.save_every == 0 or done == config.steps:
+        if done % config.save_every == 0 or done == end:
             _save(model, optimizer, config, folder, done, log, running)
     model.eval()
     model.save_pretrained(folder / "checkpoint")

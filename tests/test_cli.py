@@ -271,7 +271,9 @@ def test_train_is_a_function_of_its_seed(minirec_, tmp_path):
 
 def test_train_passes_every_setting_on(minirec_, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append((model, config)) or interrupt())
+    monkeypatch.setattr(
+        training, "train", lambda model, config, folder, **_: seen.append((model, config)) or interrupt()
+    )
     fields = dataclasses.fields(training.TrainingConfig)
     numbers = [f for f in fields if f.name not in ("families", "staged")]
     changed = {f.name: f.default / 2 if f.type == "float" else f.default * 2 or 3 for f in numbers}
@@ -285,7 +287,9 @@ def test_train_passes_every_setting_on(minirec_, tmp_path, monkeypatch):
 
 def test_train_without_options_takes_the_defaults_of_the_library(minirec_, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append((model, config)) or interrupt())
+    monkeypatch.setattr(
+        training, "train", lambda model, config, folder, **_: seen.append((model, config)) or interrupt()
+    )
     minirec_("train", "--out", tmp_path)
     minirec_("train", "--out", tmp_path, "--staged")
     assert [config for _, config in seen] == [training.TrainingConfig()] * 2
@@ -295,7 +299,7 @@ def test_train_without_options_takes_the_defaults_of_the_library(minirec_, tmp_p
 def test_train_can_start_from_another_model(minirec_, tmp_path, monkeypatch):
     assert minirec_("train", "--out", tmp_path / "first", *FEW_STEPS)[0] == 0
     first, seen = tmp_path / "first" / "checkpoint", []
-    monkeypatch.setattr(training, "train", lambda model, config, folder: seen.append(model) or interrupt())
+    monkeypatch.setattr(training, "train", lambda model, config, folder, **_: seen.append(model) or interrupt())
     minirec_("train", "--out", tmp_path / "second", "--start", first, "--preset", "small", *FEW_STEPS)
     (model,) = seen
     assert model.config == checkpoint.load(first).config, "the shape is the model's own"
@@ -396,7 +400,8 @@ def test_info_default_is_the_shipped_model(minirec_):
         ),
         (
             "train",
-            "out preset start device threads " + " ".join(f.name for f in dataclasses.fields(training.TrainingConfig)),
+            "out preset start until device threads "
+            + " ".join(f.name for f in dataclasses.fields(training.TrainingConfig)),
         ),
         ("info", "preset"),
     ],

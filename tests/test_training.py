@@ -679,6 +679,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight_run, tmp_path, monkeypat
     assert without_times(log_again) == without_times(log)
 
 
+def test_a_run_that_was_to_stop_half_way_goes_on_to_the_same_bits(straight_run, tmp_path):
+    model, log, _ = straight_run
+    other = fresh_model()
+    half = training.train(other, TrainingConfig(**RUN), tmp_path, until=6)
+    assert half[-1]["step"] == 6 and (tmp_path / "checkpoint").is_dir()
+    again = fresh_model()
+    whole = training.train(again, TrainingConfig(**RUN), tmp_path)
+    assert {row["step"]: row["loss"] for row in whole}[12] == {row["step"]: row["loss"] for row in log}[12]
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="until is 13; it must be from 1 to steps, here 12"):
+        training.train(fresh_model(), TrainingConfig(**RUN), tmp_path / "none", until=13)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("sizes", "other", "named"),
     [
