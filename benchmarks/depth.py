@@ -13,7 +13,7 @@ import argparse
 import torch
 from timing import in_words, machine, table, write_json
 
-from minirec import RecurrentDepthLM, diffusion_forcing, lens, tasks
+from minirec import RecurrentDepthLM, adaptive_exit, lens, tasks
 from minirec.tasks import Problem
 from minirec.training import IGNORE, batch_of
 
@@ -62,7 +62,7 @@ def look_inside(model: RecurrentDepthLM, problems: list[Problem]) -> dict:
 
 
 def exits(model: RecurrentDepthLM, problems: list[Problem]) -> dict:
-    """Adaptive exit by the relative change of the state: one position at a time, one step at a time.
+    """Adaptive exit by the relative change of the state.
 
     With kv "full" a position in its step k sees what the others were after step k, as in training; with "shared" it
     sees where they ended.  "computed" is over the tokens that another stage of the solution would not share.
@@ -71,16 +71,7 @@ def exits(model: RecurrentDepthLM, problems: list[Problem]) -> dict:
     room = max(len(p.target) for p in problems)
     for kv in ("full", "shared"):
         for threshold in (0.0, *THRESHOLDS):
-            results = diffusion_forcing.generate(
-                model,
-                [p.prompt for p in problems],
-                room,
-                inner_steps=1,
-                exit_threshold=threshold,
-                max_wavefront=1,
-                momentum=0.0,
-                kv=kv,
-            )
+            results = adaptive_exit.generate(model, [p.prompt for p in problems], room, threshold=threshold, kv=kv)
             depths = [d for g in results for d in g.depth]
             computed = [
                 d

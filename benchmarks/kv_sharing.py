@@ -8,8 +8,8 @@
   states are those of "full", and only new tokens feel the sharing.
 - latest: not another cache.  A position that stops early leaves its deeper slots of the full cache to the keys and
   values of its last step (`KVCache.copy_deeper`; 2502.05171, remark 6.1), and tokens that loop deeper read those.
-  Measured as `exits` of depth.py does, by diffusion forcing with one position and one step at a time, no momentum,
-  and exit threshold 0.2; so its row shows early stopping and reading "latest" together.  It allocates what "full" does.
+  Measured by adaptive exit at threshold 0.2; so its row shows early stopping and reading "latest" together.  It
+  allocates what "full" does.
 
 All at the checkpoint's default depth, greedy.  Nothing here is a time, so the machine does not matter.
 """
@@ -22,13 +22,13 @@ import torch
 from timing import in_words, machine, table, write_json
 from tqdm import tqdm
 
-from minirec import RecurrentDepthLM, autoregressive, diffusion_forcing, tasks
+from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, tasks
 from minirec.decoding import Generation
 from minirec.kv_cache import bytes_per_token
 from minirec.tasks import Problem
 
 SLOTS = (1, 2, 4, 8)
-LATEST = {"max_wavefront": 1, "inner_steps": 1, "momentum": 0.0, "exit_threshold": 0.2}
+EXIT = 0.2  # of "latest": a token stops when its state moved by less than this, relative to its length
 BATCH = 32  # problems decoded together; their tokens do not depend on it
 
 
@@ -43,7 +43,7 @@ def solve(model: RecurrentDepthLM, problems: list[Problem], name: str, cache: di
     room = max(len(p.target) for p in problems) + 16  # past the longest solution, for one that goes astray
     generate, options = autoregressive.generate, cache
     if name == "latest":
-        generate, options = diffusion_forcing.generate, cache | LATEST
+        generate, options = adaptive_exit.generate, cache | {"threshold": EXIT}
     results = []
     for start in range(0, len(problems), BATCH):
         results += generate(model, [p.prompt for p in problems[start : start + BATCH]], room, **options)
