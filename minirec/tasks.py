@@ -32,10 +32,11 @@ from itertools import pairwise, takewhile
 from minirec.tokenizer import BEGIN, END, LETTERS, NAMES, ORDINALS, THINGS, task_tokenizer
 
 # name -> levels, easiest first: those trained, and harder ones that training never shows
-FAMILIES = {"words": (2, 3, 4, 5), "automaton": (1, 2, 3, 4, 5, 6, 7, 8), "hops": (1, 2, 3, 4, 5, 6, 7, 8)}
-HARDER = {"words": (6,), "automaton": (9, 10, 12), "hops": (9, 10, 12)}
+FAMILIES = {"words": (2, 3, 4, 5), "automaton": (1, 2, 3, 4, 5, 6), "hops": (1, 2, 3, 4, 5, 6, 7, 8)}
+HARDER = {"words": (6,), "automaton": (7, 8, 10), "hops": (9, 10, 12)}
 LARGEST = 99  # every number of a word problem is between 1 and this
 CELLS = 16  # in a row of the automaton
+PATIENCE = 1000  # held-out problems drawn in a row that are known already: then there are hardly any others
 WAYS = 3  # in a set of arrows
 
 _tokenizer = task_tokenizer()
@@ -157,12 +158,17 @@ def problems(split: str, seed: int | str = 0, family: str = "words", level: int 
 def heldout(n: int, seed: int = 0, family: str = "words", level: int | None = None) -> list[Problem]:
     """n problems that training never shows, all different; the same for the same arguments.
 
-    level None mixes the trained levels evenly; one of HARDER[family] is harder than any that training shows.
+    level None mixes the trained levels evenly; one of HARDER[family] is harder than any that training shows.  Raises
+    ValueError if there are not so many.
     """
     if n < 1:
         raise ValueError(f"n is {n}; it must be at least 1")
     seen: dict[str, Problem] = {}
+    in_vain = 0
     for problem in problems("heldout", seed, family, level):
+        in_vain = in_vain + 1 if problem.text in seen else 0
         seen.setdefault(problem.text, problem)
         if len(seen) == n:
             return list(seen.values())
+        if in_vain == PATIENCE:
+            raise ValueError(f"n is {n}; family {family!r}, level {level}, has about {len(seen)} held-out problems")
