@@ -536,3 +536,222 @@ def over_training(panels: Mapping[str, Mapping[str, tuple]]) -> np.ndarray:
             handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=9
         )
     return axes[0]
+
+
+# --- Keys and values: notebook 04_kv_cache ---
+
+
+def slot_map(slots: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Which slot each recurrence step writes, and which step later tokens read there; one panel a cache.
+
+    slots: title -> slot of step 1, 2, ... r.  A dark cell is what the slot holds in the end, a light one was
+    overwritten.  Under it, what step k of a later token finds in its slot: vermilion where it is not step k.
+    """
+    rows = 1 + max(max(row) for row in slots.values())
+    steps = max(len(row) for row in slots.values())
+    _, axes = plt.subplots(
+        1, len(slots), figsize=(0.42 * steps * len(slots) + 1.4, 0.36 * (rows + 3)), squeeze=False, layout="constrained"
+    )
+    for ax, (title, row) in zip(axes[0], slots.items(), strict=True):
+        kept = {slot: k for k, slot in enumerate(row, 1)}  # the last step that wrote to it
+        for k, slot in enumerate(row, 1):
+            stays, found = kept[slot] == k, kept[slot]
+            ax.add_patch(plt.Rectangle((k - 0.46, slot - 0.46), 0.92, 0.92, facecolor=BLUE if stays else "#E6E6E6"))
+            ax.text(k, slot, k, ha="center", va="center", fontsize=9, color="white" if stays else "#777777")
+            weight, colour = ("normal", BLUE) if found == k else ("bold", VERMILION)
+            ax.text(k, rows + 0.4, found, ha="center", va="center", fontsize=9, color=colour, fontweight=weight)
+        ax.axhline(rows - 0.15, color=GREY, linewidth=0.8)
+        ax.set(xlim=(0.4, len(row) + 0.6), ylim=(rows + 0.9, -0.6), title=title, xlabel="recurrence step k")
+        ax.set_xticks(range(1, len(row) + 1))
+        ax.set_yticks([*sorted(kept), rows + 0.4], [*(f"slot {slot}" for slot in sorted(kept)), "k reads"])
+        ax.tick_params(length=0, labelsize=9)
+        ax.spines[:].set_visible(False)
+    return axes[0]
+
+
+def by_cache(
+    shares: Mapping[str, Mapping[str, float]], bytes_per_token: Mapping[str, int], ax: Axes | None = None
+) -> Axes:
+    """Right answers with every kind of cache, one bar a group of problems.
+
+    shares: group -> {cache: share of right answers, 0 to 1}; bytes_per_token: cache -> bytes, written under its name.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(10, 3.6), layout="constrained")
+    caches, width = list(bytes_per_token), 0.8 / len(shares)
+    shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, len(shares)))
+    for i, (group, row) in enumerate(shares.items()):
+        x = np.arange(len(caches)) + (i - (len(shares) - 1) / 2) * width
+        bars = ax.bar(x, [row[cache] for cache in caches], 0.94 * width, color=shades[i], label=group)
+        ax.bar_label(bars, [f"{100 * row[cache]:.0f}" for cache in caches], fontsize=8, padding=1)
+    ax.set_xticks(range(len(caches)), [f"{cache}\n{bytes_per_token[cache] / 1024:.1f} KiB" for cache in caches])
+    ax.set(ylabel="right answers", ylim=(0, 1.1), xlabel="keys and values kept, and their size for a token")
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    ax.tick_params(axis="x", length=0)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+# --- What a token costs: notebook 08_lossless_wavefront ---
+
+
+def passes_by_level(panels: Mapping[str, Mapping[str, Mapping]], full: float) -> np.ndarray:
+    """Passes a token by level, one panel a family: measured ones as dots, predicted ones as lines; returns the axes.
+
+    panels: family -> {setting: {level: (measured, predicted)}}; `full`: what autoregressive decoding costs, dashed.
+    """
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, (family, settings) in zip(axes[0], panels.items(), strict=True):
+        for (setting, levels), colour in zip(settings.items(), (BLUE, GREEN, VERMILION, "black"), strict=False):
+            measured, predicted = zip(*levels.values(), strict=True)
+            ax.plot(list(levels), predicted, "-", color=colour, linewidth=1.2)
+            ax.plot(list(levels), measured, "o", color=colour, markersize=7, label=setting)
+        ax.axhline(full, color="black", linestyle="--", linewidth=1, label="autoregressive")
+        ax.set(title=family, xlabel="level", xticks=list(levels), ylim=(0, 1.08 * full))
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("passes a token")
+    fig.suptitle("dots: measured; lines: predicted", fontsize=10)
+    handles = {h.get_label(): h for ax in axes[0] for h in ax.get_legend_handles_labels()[0]}
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return axes[0]
+
+
+# --- The batching engine: notebook 09_continuous_batching ---
+
+
+def gantt(runs: Mapping[str, Sequence], title: str = "") -> np.ndarray:
+    """Who was in which pass of the batching engine, one panel a run: a lane a slot, passes to the right.
+
+    runs: label -> passes as `Engine(on_pass=...)` gives them (`stage`, and `slots` of (row, request, depth after it)).
+    A full block is a recurrence step, darker the deeper; a low black one the coda, a low grey one the prelude; a thin
+    line joins the passes of one request, whose number stands at its start.  Returns the axes, an array of one a run.
+    """
+    slots = [slot for passes in runs.values() for one in passes for slot in one.slots]
+    lanes, deepest = 1 + max(row for row, _, _ in slots), max(depth for _, _, depth in slots)
+    length = max(map(len, runs.values()))
+    cmap, norm = _depth_colours(deepest)
+    fig, axes = plt.subplots(
+        len(runs), 1, figsize=(12, 0.8 + (0.5 + 0.34 * lanes) * len(runs)), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    lows = {"PRELUDE": ("prelude", GREY), "CODA": ("coda", "black")}
+    for (label, passes), ax in zip(runs.items(), axes[:, 0], strict=True):
+        spans: dict[tuple[int, int], list[int]] = {}  # (row, request) -> its passes
+        for x, one in enumerate(passes):
+            rows, _, depths = zip(*one.slots, strict=True)
+            for row, request, _ in one.slots:
+                spans.setdefault((row, request), []).append(x)
+            if one.stage.name in lows:
+                ax.barh(rows, 1, 0.3, left=x, color=lows[one.stage.name][1])
+            else:
+                ax.barh(rows, 1, 0.64, left=x, color=cmap(norm(depths)), edgecolor="white", linewidth=0.3)
+        for (row, request), own in spans.items():
+            ax.hlines(row, own[0], own[-1] + 1, color="black", linewidth=0.7, zorder=0)
+            ax.vlines(own[0], row - 0.46, row + 0.32, color="black", linewidth=0.9)
+            ax.text(own[0] + 0.003 * length, row - 0.34, request, fontsize=6.5, va="bottom")
+        ax.set(xlim=(0, length), ylim=(lanes - 0.5, -0.75))
+        ax.set_yticks(range(lanes), [f"slot {row}" for row in range(lanes)], fontsize=8)
+        ax.tick_params(axis="y", length=0)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.set_title(label, loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("pass")
+    stages = {one.stage.name for passes in runs.values() for one in passes}
+    handles = [Patch(facecolor=lows[s][1], label=lows[s][0]) for s in lows if s in stages]
+    fig.suptitle(title)
+    if handles:
+        fig.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    bar = fig.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=axes[:, 0], fraction=0.02, pad=0.01, aspect=30)
+    ticks = np.unique(np.linspace(1, deepest, min(deepest, 8)).round().astype(int))
+    bar.set_ticks(ticks, labels=ticks)
+    bar.minorticks_off()
+    bar.set_label("depth after the pass")
+    return axes[:, 0]
+
+
+# --- Depth by token: notebook 05_adaptive_exit ---
+
+
+def token_depths(
+    words: Sequence[str],
+    depths: Sequence[int],
+    marked: Sequence[int] = (),
+    title: str = "",
+    line: int = 88,
+    ax: Axes | None = None,
+) -> Axes:
+    """A text with the recurrence steps of every token: dark is deep, and the number stands under the word.
+
+    words, depths: one a token; marked: the tokens to frame, by index; a line of text is `line` letters wide.
+    """
+    places, x, y = [], 0.0, 0
+    for word in words:
+        width = max(len(word), 2) + 1.0
+        if x + width > line:
+            x, y = 0.0, y + 1
+        places.append((x, y, width))
+        x += width
+    if ax is None:
+        _, ax = plt.subplots(figsize=(0.125 * line, 0.62 * (y + 1) + 0.35), layout="constrained")
+    cmap, norm = _depth_colours(max(depths))
+    for i, (word, depth, (x, y, width)) in enumerate(zip(words, depths, places, strict=True)):
+        colour = cmap(norm(depth))
+        frame = dict(edgecolor=VERMILION, linewidth=2.2) if i in marked else dict(edgecolor="none")
+        ax.add_patch(plt.Rectangle((x + 0.1, y + 0.08), width - 0.2, 0.84, facecolor=colour, **frame))
+        ink = dict(ha="center", va="center", color=_ink(colour))
+        ax.text(x + width / 2, y + 0.36, word, fontsize=9.5, **ink)
+        ax.text(x + width / 2, y + 0.74, depth, fontsize=7, **ink)
+    ax.set(xlim=(0, line), ylim=(y + 1, 0))
+    ax.set_title(title, fontsize=9.5, loc="left")
+    ax.set_axis_off()
+    return ax
+
+
+def exit_thresholds(results: Mapping[str, Mapping[str, Sequence[tuple]]]) -> np.ndarray:
+    """What a threshold gives and what it asks: right answers above, mean depth below; returns the axes (2, criteria).
+
+    results: criterion -> group of problems -> list of (threshold, mean depth, share of right answers from 0 to 1).
+    """
+    fig, axes = plt.subplots(
+        2, len(results), figsize=(4.6 * len(results), 5.4), sharey="row", sharex="col", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for (criterion, groups), (top, bottom) in zip(results.items(), axes.T, strict=True):
+        styles = zip((GREEN, VERMILION, BLUE, "black"), ("o", "s", "D", "^"), strict=True)
+        for (group, rows), (colour, marker) in zip(groups.items(), styles, strict=False):
+            thresholds, depths, shares = zip(*rows, strict=True)
+            for ax, values in ((top, shares), (bottom, depths)):
+                ax.plot(thresholds, values, "-", marker=marker, markersize=5, color=colour, label=group)
+        top.set(title=criterion, ylim=(-0.05, 1.05))
+        bottom.set(xscale="log", xlabel="threshold", ylim=(0, None))
+        for ax in (top, bottom):
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("right answers")
+    axes[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes[1, 0].set_ylabel("steps a token")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return axes
+
+
+def depth_accuracy(
+    curves: Mapping[str, Sequence[tuple[float, float]]], title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Right answers against steps a token, one line a rule, the first one grey: up and to the left is better.
+
+    curves: rule -> list of (mean depth of a token, share of right answers from 0 to 1).
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    styles = zip(("#888888", BLUE, VERMILION, GREEN), ("s--", "o-", "D-", "^-"), strict=True)
+    for (rule, points), (colour, style) in zip(curves.items(), styles, strict=False):
+        ax.plot(*zip(*sorted(points), strict=True), style, color=colour, markersize=5, label=rule)
+    ax.set(title=title, xlabel="steps a token", ylabel="right answers", xlim=(0, None), ylim=(-0.05, 1.05))
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax

@@ -373,10 +373,11 @@ def test_kv_sharing_reports_every_cache_and_what_it_keeps(kv_sharing_run):
 
 
 def test_word_problems_are_mixed_and_the_others_go_by_level(kv_sharing):
-    found = kv_sharing.groups(["words", "automaton"], [2, 9], 12)
-    assert list(found) == ["words", "automaton 2", "automaton 9"]
-    assert [{p.level for p in problems} for problems in found.values()] == [{2, 3, 4, 5}, {2}, {9}]
-    assert found["words"] == tasks.heldout(12) and {p.family for p in found["automaton 9"]} == {"automaton"}
+    harder = tasks.HARDER["automaton"][0]
+    found = kv_sharing.groups(["words", "automaton"], [2, harder], 12)
+    assert list(found) == ["words", "automaton 2", f"automaton {harder}"]
+    assert [{p.level for p in problems} for problems in found.values()] == [{2, 3, 4, 5}, {2}, {harder}]
+    assert found["words"] == tasks.heldout(12) and {p.family for p in found[f"automaton {harder}"]} == {"automaton"}
     assert kv_sharing.groups(["hops"], None, 3) == {"hops": tasks.heldout(3, family="hops")}
 
 
@@ -426,4 +427,202 @@ def test_kv_sharing_of_made_up_results(kv_sharing):
 def test_bad_arguments_of_kv_sharing_are_said(kv_sharing, arguments, says, capsys):
     with pytest.raises(SystemExit):
         kv_sharing.main(arguments)
+    assert says in capsys.readouterr().err
+
+
+# --- batching.py ---
+
+batching = script("batching")
+NAMES = ["static", "sequence", "depth", "sequence, fixed depth", "wavefront, fixed depth"]
+CLOSED = ("passes_PRELUDE", "passes_RECUR", "passes_CODA", "occupancy_RECUR", "mean_depth", "tokens")
+
+
+@pytest.fixture(scope="module")
+def batching_run(batching, tmp_path_factory):
+    arguments = ["--requests", "3", "--slots", "2", "--repeat", "1", "--rates"]
+    live, replayed = tmp_path_factory.mktemp("live"), tmp_path_factory.mktemp("replayed")
+    return run(batching, [*arguments, "0.8"], live), run(batching, [*arguments, "--replay"], replayed)
+
+
+def test_batching_reports_every_mode_of_every_workload(batching_run):
+    (text, written), _ = batching_run
+    workloads = ["closed, 3", "rate 0.8"]
+    assert list(written["workloads"]) == workloads and list(written["bounds"]) == workloads[:1]
+    *three, last = tables(text)
+    for head, *rows in [*three, last]:
+        assert all(len(row) == len(head) for row in rows)
+        assert not any(cell in ("", "nan", "inf") for row in rows for cell in row)
+    for _, *rows in three:
+        assert [row[:2] for row in rows] == [[workload, name] for workload in workloads for name in NAMES]
+    assert text.startswith(f"Machine: {written['machine']['cpu']}")
+    for rows in written["workloads"].values():
+        by = {name: {key: value["median"] for key, value in row.items()} for name, row in rows.items()}
+        assert by["static"]["over static"] == by["sequence"]["over sequence"] == 1
+        assert "over static" not in by["wavefront, fixed depth"], "another rule"
+        for row in by.values():
+            assert row["kv_bytes_in_use"] <= row["kv_bytes_allocated"]
+            assert all(0 < row[f"occupancy_{stage}"] <= 1 for stage in ("PRELUDE", "RECUR", "CODA"))
+            assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert by["static"]["mean_depth"] == by["depth"]["mean_depth"] < 12
+        assert by["sequence, fixed depth"]["mean_depth"] == by["wavefront, fixed depth"]["mean_depth"] == 12
+    closed = written["workloads"]["closed, 3"]
+    passes = [closed[name]["recurrent_passes_per_token"]["median"] for name in NAMES]
+    assert passes[0] >= passes[1] >= passes[2] and passes[3] > passes[4]
+
+
+def test_replayed_exits_are_the_same_work(batching_run):
+    (_, live), (text, replayed) = batching_run
+    assert "replayed" in text and replayed["settings"]["replay"] and replayed["other_depths"]["other_depths"] == 0
+    for workload, rows in replayed["workloads"].items():
+        for name, row in rows.items():
+            assert {key: row[key] for key in CLOSED} == {key: live["workloads"][workload][name][key] for key in CLOSED}
+
+
+def test_the_bound_of_fixed_depth_is_that_of_the_costs_measured(batching, batching_run):
+    (_, written), _ = batching_run
+    ms = {stage: s["median"] for stage, s in written["pass_ms"].items()}
+    closed, (row, passes, recurrent, *others) = written["workloads"]["closed, 3"], written["bounds"]["closed, 3"]
+    f0, fr, mean = ms["PRELUDE"] + ms["CODA"], ms["RECUR"], closed["depth"]["mean_depth_of_trips"]["median"]
+    assert row["over"] == "sequence, fixed depth" and row["deepest"] == 12 and row["mean"] == mean
+    assert row["bound"] == pytest.approx((f0 + 12 * fr) / (f0 + mean * fr))
+    assert passes["bound"] == pytest.approx(14 / (2 + mean)) and recurrent["bound"] == pytest.approx(12 / mean)
+    assert {o["over"] for o in others} == {"sequence"} and all(o["deepest"] <= 12 for o in others)
+    for unit, key in ((passes, "passes_per_token"), (recurrent, "recurrent_passes_per_token")):
+        fixed, depth = (closed[name][key]["median"] for name in ("sequence, fixed depth", "depth"))
+        assert unit["reached"]["median"] == pytest.approx(fixed / depth)
+        assert unit["share"] == pytest.approx(fixed / depth / unit["bound"])
+    assert batching.bound(f0=1.2, fr=1.0, deepest=16, mean=6) == pytest.approx(17.2 / 7.2)
+
+
+def test_costs_are_of_full_passes(batching, small_model):
+    found = batching.costs(small_model(0), SimpleNamespace(prompt=[1, 2, 3]), slots=3, threshold=None)
+    # the first token comes from the prompt, whose passes have more cells
+    assert [len(ms) for ms in found.values()] == [7, 7 * 4, 7]
+    assert [len(ms) for ms in batching.costs(small_model(0), SimpleNamespace(prompt=[1, 2]), 1, 0.0).values()][1] == 28
+
+
+@pytest.mark.parametrize("mode", ["static", "sequence", "depth"])
+def test_a_replay_leaves_the_loop_where_it_is_told(batching, small_model, mode):
+    model, depths = small_model(0), [[4, 1, 3, 2, 4], [4, 2, 1], [4, 3, 3, 3]]
+    engine = batching.Replay(model, 2, 24, mode=mode)
+    engine.depths = depths
+    for number, own in enumerate(depths):
+        engine.submit([1 + number, 5], len(own), stop_tokens=())
+    assert [g.depth for g in engine.run().values()] == depths
+
+
+class MadeUp:
+    """An engine whose request takes two steps of a second each, and gives a token at the end of both."""
+
+    def __init__(self, wait, clock):
+        self.wait, self.clock, self.requests, self.left = wait, clock, {}, []
+
+    def submit(self, prompt, *_, **__):
+        self.requests[prompt] = SimpleNamespace(submitted=self.clock(), generation=Generation(), token_times=[])
+        self.left += [prompt] * 2
+
+    def step(self):
+        if not self.left:
+            return False
+        self.wait(1)
+        request = self.requests[self.left.pop(0)]
+        request.generation.tokens.append(1)
+        request.token_times.append(self.clock())
+        return True
+
+
+@pytest.fixture
+def made_up(batching, monkeypatch):
+    """A way to wait, on a clock that does not move else, and `build(arrivals)`: a run of that engine."""
+    now = [0.0]
+    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def wait(seconds):
+        now[0] += seconds
+
+    def build(arrivals):
+        problems = [SimpleNamespace(prompt=i, target=[]) for i in range(len(arrivals))]
+        return batching.Run(lambda clock: MadeUp(wait, clock), problems, arrivals, None)
+
+    return build, wait
+
+
+def test_a_clock_stands_still_between_turns_and_skips_waiting(made_up):
+    build, wait = made_up
+    run = build([0.0, 0.5, 30.0])
+    while not run.done:
+        run.turn(1.5)
+        wait(1000)  # others have their turn
+    # the second was due in the middle of a pass; nothing is left at 4 until the third comes
+    stamps = [(r.submitted, r.token_times) for r in run.engine.requests.values()]
+    assert stamps == [(0, [1, 2]), (1, [3, 4]), (30, [31, 32])]
+
+
+def test_turns_go_to_the_one_with_the_fewest_tokens(batching, made_up, monkeypatch):
+    build, wait = made_up
+    runs, order = [build([0.0] * 3), build([0.0] * 3)], []
+    for run, name, seconds in zip(runs, ("fast", "slow"), (1, 2), strict=True):
+        run.engine.wait = lambda _, name=name, seconds=seconds: (wait(seconds), order.append(name))
+    monkeypatch.setattr(batching, "TURN", 1)
+    batching.side_by_side(runs)
+    assert order == ["fast", "slow"] * 6
+    assert [run.engine.requests[2].token_times[-1] for run in runs] == [6, 12]
+
+
+def test_measures_of_made_up_requests(batching):
+    def request(admitted, times, size):
+        generation = Generation(tokens=[1] * len(times), depth=[12] + [3] * (len(times) - 1))
+        return SimpleNamespace(admitted=admitted, ended=times[-1], kv_bytes=size, token_times=times,
+                               generation=generation)  # fmt: skip
+
+    requests = [request(1.0, [2.0, 3.0, 6.0], 100), request(4.0, [5.0], 10), request(6.0, [8.0, 9.0], 50)]
+    passes = {stage: 4 * (1 + i) for i, stage in enumerate(batching.Stage)}
+    engine = SimpleNamespace(
+        requests=dict(enumerate(requests)), passes=passes, scheduler=SimpleNamespace(slots=2),
+        slots_in={stage: n + 2 for stage, n in passes.items()}, cells={stage: 3 * n for stage, n in passes.items()},
+        grid=SimpleNamespace(cache=SimpleNamespace(nbytes=500)),
+    )  # fmt: skip
+    found = batching.measures(SimpleNamespace(engine=engine, arrivals=[1.0, 1.5, 6.0]))
+    assert found["seconds"] == 8 and found["tokens"] == 6 and found["tokens_per_second"] == 6 / 8
+    assert found["requests_per_second"] == 3 / 8 and found["mean_depth"] == (3 * 12 + 3 * 3) / 6
+    assert found["kv_bytes_in_use"] == 110, "the third takes the place of the first in the moment it leaves"
+    assert [found[f"ttft_{x}"] for x in ("mean", "p50")] == [6500 / 3, 2000]
+    assert found["tpot_mean"] == (2000 + 1000) / 2
+    assert [found[f"itl_{x}"] for x in ("mean", "p50", "p99")] == pytest.approx([5000 / 3, 1000, 2960])
+    assert [found[f"passes_{x}"] for x in ("PRELUDE", "RECUR", "CODA")] == [4, 8, 12]
+    assert found["occupancy_RECUR"] == 10 / 8 / 2 and found["cells_per_pass_RECUR"] == 3
+    assert found["passes_per_token"] == 4 and found["recurrent_passes_per_token"] == 8 / 6
+    assert found["mean_depth_of_trips"] == 10 / 14 and found["recurrent_passes_per_coda"] == 8 / 12
+
+
+def test_other_tokens_are_an_error_and_other_depths_are_counted(batching):
+    right = [Generation(tokens=[1, 2], depth=[4, 3]), Generation(tokens=[5], depth=[4])]
+    assert batching.check("depth", right, right) == 0
+    assert batching.check("depth", [Generation(tokens=[1, 2], depth=[4, 2]), right[1]], right) == 1
+    with pytest.raises(RuntimeError, match=r"mode depth gave request 1 the tokens \[6\] instead of \[5\]"):
+        batching.check("depth", [right[0], Generation(tokens=[6], depth=[4])], right)
+
+
+def test_requests_are_of_all_kinds_and_arrive_as_often_as_asked(batching):
+    problems = batching.mixed(64)
+    assert len({p.text for p in problems}) == 64 and {p.family for p in problems} == set(tasks.FAMILIES)
+    assert len({(p.family, p.level) for p in problems}) > 12
+    arrivals = batching.poisson(4000, rate=20.0, seed=1)
+    gaps = torch.tensor(arrivals).double().diff(prepend=torch.zeros(1).double())
+    assert gaps.min() > 0 and gaps.mean().item() == pytest.approx(0.05, rel=0.05)
+    assert gaps.std().item() == pytest.approx(0.05, rel=0.05), "of an exponential, as large as the mean"
+    assert arrivals != batching.poisson(4000, rate=20.0, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--requests", "4", "0"], "--requests is [4, 0]; it must be at least 1"),
+        (["--coda-batch", "0"], "--coda-batch is 0; it must be at least 1"),
+        (["--rates", "0.5", "0"], "--rates is [0.5, 0.0]; all must be above 0"),
+    ],
+)
+def test_bad_arguments_of_batching_are_said(batching, arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        batching.main(arguments)
     assert says in capsys.readouterr().err

@@ -9,7 +9,18 @@ import nbformat
 import pytest
 import torch
 
-from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing, lens, training
+from minirec import (
+    RecurrentConfig,
+    RecurrentDepthLM,
+    adaptive_exit,
+    autoregressive,
+    diffusion_forcing,
+    lens,
+    lossless_wavefront,
+    training,
+)
+from minirec.continuous_batching import Engine
+from minirec.kv_cache import bytes_per_token
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -164,3 +175,112 @@ def test_the_depths_of_notebook_02_are_the_package_s():
     for mean in (1, 8.5, 32):
         mine, package = (draw(mean, torch.Generator().manual_seed(7), 500) for draw in (by_hand, training.sample_depth))
         assert torch.equal(mine, package)
+
+
+@pytest.mark.parametrize("guess_after", [1, 2, 3, 5])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 4, "init_scale": 3.0}])
+def test_the_wavefront_of_notebook_08_is_the_package_s_on_random_weights(small_model, guess_after, options):
+    by_hand = definitions("08_lossless_wavefront.ipynb")["lossless_by_hand"]
+    for width in (None, 1, 2):
+        how = options | {"guess_after": guess_after, "max_wavefront": width}
+        mine = by_hand(small_model(2), [3, 1, 4], 30, 5, **how)
+        package = lossless_wavefront.generate(small_model(2), [3, 1, 4], 30, num_steps=5, trace=True, **how)
+        assert (mine.tokens, mine.depth, mine.passes, mine.trace) == (
+            package.tokens, package.depth, package.passes, package.trace
+        )  # fmt: skip
+
+
+def test_the_starts_of_notebook_08_count_the_passes_of_a_run_on_random_weights(small_model):
+    mine = definitions("08_lossless_wavefront.ipynb")
+    settled = mine["settled_depths"](torch.tensor([[7, 1, 2, 5], [7, 2, 1, 4], [7, 1, 1, 5], [7, 1, 1, 5]]), 1)
+    assert settled.tolist() == [1, 3, 2, 3]
+    assert mine["starts"]([1, 3, 2, 3], 4) == [0, 1, 4, 6]
+    assert mine["starts"]([1, 3, 2, 3], 4, width=2) == [0, 1, 4, 6]
+    assert mine["starts"]([1, 3, 2, 3], 4, width=1) == [0, 4, 8, 12]
+    gen = mine["lossless_by_hand"](small_model(2), [3, 1, 4], 30, 5)
+    opened, said = {}, {}  # position -> the outer step in which it began for the last time; its guesses from there on
+    for i, step in enumerate(gen.trace):
+        for position, (depth, guess) in enumerate(zip(step.depths, step.guesses, strict=True), step.start):
+            if depth == 1:
+                opened[position], said[position] = i, []
+            said[position].append(guess)
+    guesses = torch.tensor([said[position] for position in sorted(said)]).T  # (r, positions)
+    settled = mine["settled_depths"](guesses, 1).tolist()
+    assert len(set(settled)) > 2, "they settle at different depths"
+    assert [opened[position] for position in sorted(opened)] == mine["starts"](settled, 5)
+    assert gen.passes == 5 + mine["starts"](settled, 5)[-1] + 5
+
+
+@pytest.mark.parametrize("criterion", adaptive_exit.CRITERIA)
+def test_the_rules_and_the_sampler_of_notebook_05_are_the_package_s_on_random_weights(small_model, criterion):
+    mine, (measure, reads, _) = definitions("05_adaptive_exit.ipynb"), adaptive_exit.CRITERIA[criterion]
+    by_hand = mine[criterion.replace("-", "_") + "_by_hand"]
+    old, new = 3 * torch.randn(2, 3, 5, 40, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(by_hand(old, new), measure(old, new), atol=1e-5, rtol=1e-4)
+    threshold, patience = (0.5, 2) if criterion == "argmax-stability" else (0.05, 1)
+    for model, how in (
+        (small_model(1), {}),
+        (small_model(2), {"kv": "shared"}),
+        (small_model(1), {"continuous": True}),
+    ):
+        gen = mine["adaptive_exit_by_hand"](
+            model, [3, 1, 4], 20, 9, reads, by_hand, threshold, patience, **how
+        ).generations[0]
+        official = {"continuous_compute": True} if "continuous" in how else how
+        limit = patience if criterion == "argmax-stability" else threshold
+        package = adaptive_exit.generate(
+            model, [3, 1, 4], 20, num_steps=9, criterion=criterion, threshold=limit, **official
+        )
+        assert (gen.tokens, gen.depth, gen.passes) == (package.tokens, package.depth, package.passes)
+        assert len(set(gen.depth[1:])) > 1, "tokens leave at different depths"
+
+
+@pytest.mark.parametrize("slots", [5, 3, 1])
+def test_the_cache_of_notebook_04_is_the_package_s_on_random_weights(small_model, slots):
+    mine = definitions("04_kv_cache.ipynb")
+    model, prompts = small_model(2, n_layers_in_recurrent_block=2), torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
+    kind = {"kv": "full"} if slots == 5 else {"kv": "shared", "kv_slots": slots}
+    tokens, logits, _ = mine["decode_by_hand"](model, prompts, 12, 5, slots)
+    package = autoregressive.generate(model, prompts, 12, num_steps=5, stop_tokens=(), **kind)
+    assert tokens.tolist() == [g.tokens for g in package]
+    assert all(len(set(row)) > 3 for row in tokens.tolist())
+    text = torch.cat([prompts, tokens[:, :-1]], dim=1)
+    plain = model(text, num_steps=5).logits[:, 3:]
+    if slots == 5:
+        torch.testing.assert_close(logits, plain)
+    else:
+        assert (logits - plain)[:, 1:].abs().max() > 1e-3, "sharing changes something"
+    grid = mine["decode_and_keep"](model, prompts[0].tolist(), 12, 5, **kind)
+    assert grid.generations[0].tokens == tokens[0].tolist()
+    alone = mine["decode_by_hand"](model, prompts[:1], 12, 5, slots)[2]
+    mine["assert_same_contents"](grid.cache, alone, 15)
+    alone.core[:, :, slots - 1, :, :, 14] += 1
+    with pytest.raises(AssertionError):
+        mine["assert_same_contents"](grid.cache, alone, 15)
+
+
+def test_the_bytes_of_notebook_04_are_the_package_s():
+    mine = definitions("04_kv_cache.ipynb")["bytes_by_hand"]
+    config = RecurrentConfig(n_layers_in_prelude=3, n_layers_in_recurrent_block=5, n_layers_in_coda=2)
+    assert mine(config, 7, 2) == bytes_per_token(config, 7)
+    assert mine(config, 4, 4) == bytes_per_token(config, 7, kv="shared", kv_slots=4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["static", "sequence", "depth"])
+def test_the_scheduler_of_notebook_09_makes_the_engine_s_passes_on_random_weights(small_model, mode):
+    mine, passes = definitions("09_continuous_batching.ipynb"), []
+    batch = 2 if mode == "depth" else 1
+    engine = Engine(small_model(1), 3, 40, mode, chunk=4, coda_batch=batch, on_pass=passes.append)
+    for i in range(9):
+        engine.submit([1 + i] * (1 + 5 * i % 11), 3 + i % 4, threshold=0.4, seed=i, num_steps=3 + i % 2)
+    engine.run()
+    requests = list(engine.requests.values())
+    depths = {depth for request in requests for depth in request.generation.depth}
+    assert len(depths) > 2, "tokens leave at different depths"
+    by_hand = mine["serve_by_hand"]([mine["trips"](request, 4) for request in requests], 3, mode, batch)
+    assert mine["schedule"](by_hand) == mine["schedule"](passes)
+    assert mine["count"](by_hand) == mine["count"](passes)
+    if mode != "depth":  # in step, the loop does not notice the other queues
+        loop = mine["serve_loops"]([mine["trips"](request, 4) for request in requests], 3, mode)
+        own = [one for one in passes if one.stage.name == "RECUR"]
+        assert mine["schedule"](loop) == mine["schedule"](own)

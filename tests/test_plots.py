@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
 from minirec import plots
+from minirec.continuous_batching import Pass, Stage
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +152,139 @@ def test_points_of_the_plane_and_its_front():
     (front,) = ax.lines
     assert list(zip(*front.get_data(), strict=True)) == [(50.0, 20.0), (30.0, 80.0), (10.0, 90.0)]
     assert ax.get_title() == "words"
+
+
+# --- What a token costs: notebook 08_lossless_wavefront ---
+
+
+def test_passes_are_dots_where_measured_and_lines_where_predicted():
+    words = {"g=1": {2: (1.5, 1.4), 5: (1.2, 1.25)}, "g=2": {2: (2.5, 2.4), 5: (2.2, 2.25)}}
+    hops = {"g=1": {8: (5.8, 5.9)}, "g=2": {8: (6.3, 6.1)}}
+    axes = plots.passes_by_level({"words": words, "hops": hops}, full=12)
+    for ax, (family, settings) in zip(axes, {"words": words, "hops": hops}.items(), strict=True):
+        assert ax.get_title() == family
+        dots = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
+        assert set(dots) == set(settings)
+        for setting, levels in settings.items():
+            colour = dots[setting].get_color()
+            (line,) = [x for x in ax.lines if x.get_color() == colour and x.get_linestyle() == "-"]
+            assert dict(zip(*dots[setting].get_data(), strict=True)) == {k: m for k, (m, _) in levels.items()}
+            assert dict(zip(*line.get_data(), strict=True)) == {k: p for k, (_, p) in levels.items()}
+        assert [12, 12] in [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "--"]
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[1] > 12
+    assert [t.get_text() for t in axes[0].figure.legends[0].get_texts()] == ["g=1", "g=2", "autoregressive"]
+
+
+# --- The batching engine: notebook 09_continuous_batching ---
+
+
+def test_the_gantt_figure_has_a_block_for_every_slot_of_every_pass():
+    first = [
+        Pass(Stage.PRELUDE, 2, [(0, 7, 0), (1, 8, 0)]),
+        Pass(Stage.RECUR, 2, [(0, 7, 1), (1, 8, 1)]),
+        Pass(Stage.RECUR, 1, [(0, 7, 2)]),
+        Pass(Stage.CODA, 1, [(0, 7, 2)]),
+        Pass(Stage.RECUR, 1, [(1, 8, 2)]),
+    ]
+    second = [Pass(Stage.RECUR, 1, [(1, 9, 1)]), Pass(Stage.RECUR, 1, [(1, 9, 2)]), Pass(Stage.RECUR, 1, [(1, 9, 6)])]
+    axes = plots.gantt({"depth": first, "sequence": second}, title="two runs")
+    assert [ax.get_title(loc="left") for ax in axes] == ["depth", "sequence"]
+    blocks = []
+    for ax, passes in zip(axes, (first, second), strict=True):
+        drawn = {(bar.get_x(), round(bar.get_y() + bar.get_height() / 2)): bar for bar in ax.patches}
+        assert set(drawn) == {(x, row) for x, one in enumerate(passes) for row, _, _ in one.slots}
+        assert len(drawn) == len(ax.patches)
+        blocks.append(drawn)
+        assert ax.get_ylim()[0] > ax.get_ylim()[1] and len(ax.get_yticks()) == 2, "a lane for each slot in any run"
+    above, below = blocks
+    assert above[1, 0].get_facecolor() == above[1, 1].get_facecolor() == below[0, 1].get_facecolor()
+    assert above[2, 0].get_facecolor() == above[4, 1].get_facecolor() == below[1, 1].get_facecolor()
+    brightness = [sum(bar.get_facecolor()[:3]) for bar in (below[0, 1], below[1, 1], below[2, 1])]
+    assert brightness == sorted(brightness, reverse=True), "the deeper, the darker"
+    assert above[0, 0].get_facecolor()[:3] == to_rgb(plots.GREY) and above[3, 0].get_facecolor()[:3] == (0, 0, 0)
+    heights = [bar.get_height() for bar in (above[0, 0], above[3, 0], above[1, 0], below[0, 1])]
+    assert heights[:2] == pytest.approx([heights[0]] * 2) and heights[2:] == pytest.approx([heights[2]] * 2)
+    assert heights[0] < heights[2]
+    assert [[text.get_text() for text in ax.texts] for ax in axes] == [["7", "8"], ["9"]]
+    figure = axes[0].figure
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["prelude", "coda"]
+    assert figure.get_suptitle() == "two runs"
+
+
+def test_a_gantt_figure_of_loops_alone_needs_no_legend():
+    (ax,) = plots.gantt({"": [Pass(Stage.RECUR, 1, [(0, 0, 1)])]})
+    assert not ax.figure.legends
+    ax.figure.canvas.draw()
+
+
+# --- Keys and values: notebook 04_kv_cache ---
+
+
+def test_the_slot_map_shows_what_each_slot_holds_and_what_is_read_there():
+    axes = plots.slot_map({"full": [0, 1, 2], "shared": [0, 1, 0]})
+    assert [ax.get_title() for ax in axes] == ["full", "shared"]
+    cells, read = [], []
+    for ax in axes:
+        centres = [(cell.get_x() + cell.get_width() / 2, cell.get_y() + cell.get_height() / 2) for cell in ax.patches]
+        below = max(y for _, y in (text.get_position() for text in ax.texts))
+        words = {text.get_position(): text for text in ax.texts}
+        assert all(int(words[round(x), round(y)].get_text()) == round(x) for x, y in centres), "a step in its column"
+        stays = [to_rgb(cell.get_facecolor()) == to_rgb(plots.BLUE) for cell in ax.patches]
+        cells.append([(round(x), round(y), kept) for (x, y), kept in zip(centres, stays, strict=True)])
+        found = [words[k, below] for k in (1, 2, 3)]
+        read.append([(int(text.get_text()), text.get_color() == plots.VERMILION) for text in found])
+    assert cells[0] == [(1, 0, True), (2, 1, True), (3, 2, True)]
+    assert cells[1] == [(1, 0, False), (2, 1, True), (3, 0, True)], "step 3 has overwritten step 1"
+    assert read[0] == [(1, False), (2, False), (3, False)] and read[1] == [(3, True), (2, False), (3, False)]
+    assert [label.get_text() for label in axes[1].get_yticklabels()] == ["slot 0", "slot 1", "k reads"]
+
+
+def test_right_answers_by_cache_are_one_bar_a_group_and_cache():
+    shares = {"words": {"full": 1.0, "1 slot": 0.97}, "hops 8": {"full": 0.75, "1 slot": 0.25}}
+    _, mine = plt.subplots()
+    ax = plots.by_cache(shares, {"full": 10240, "1 slot": 2560}, ax=mine)
+    assert ax is mine
+    for bars, (group, row) in zip(ax.containers, shares.items(), strict=True):
+        assert bars.get_label() == group and [bar.get_height() for bar in bars] == list(row.values())
+        assert [round(bar.get_x() + bar.get_width() / 2) for bar in bars] == [0, 1], "over the name of its cache"
+    assert [text.get_text() for text in ax.texts] == ["100", "97", "75", "25"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["full\n10.0 KiB", "1 slot\n2.5 KiB"]
+
+
+# --- Depth by token: notebook 05_adaptive_exit ---
+
+
+def test_a_text_shows_every_token_with_its_depth_and_breaks_lines():
+    words, depths = ["Eva", "has", "38", "+", "18", "=", "56", "stamps", "."], [12, 2, 2, 3, 2, 2, 5, 2, 2]
+    ax = plots.token_depths(words, depths, marked=[6], title="words", line=20)
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[::2] == words and texts[1::2] == [str(depth) for depth in depths]
+    boxes = ax.patches
+    assert len(boxes) == len(words)
+    assert {box.get_y() for box in boxes} == {0.08, 1.08}, "two lines"
+    assert max(box.get_x() + box.get_width() for box in boxes) <= 20
+    shade = {depth: brightness(box.get_facecolor()[:3]) for depth, box in zip(depths, boxes, strict=True)}
+    assert shade[2] > shade[3] > shade[5] > shade[12]
+    assert [box.get_linewidth() > 1.5 and box.get_edgecolor()[3] > 0 for box in boxes] == [i == 6 for i in range(9)]
+    assert ax.get_title(loc="left") == "words"
+
+
+def test_thresholds_are_drawn_with_what_they_give_and_ask():
+    rows = [(0.01, 9.0, 1.0), (0.1, 5.0, 0.75), (1.0, 2.0, 0.25)]
+    results = {"latent-diff": {"words": rows, "hops": rows[:2]}, "kl": {"words": rows[1:], "hops": rows}}
+    axes = plots.exit_thresholds(results)
+    assert axes.shape == (2, 2)
+    for column, (criterion, groups) in zip(axes.T, results.items(), strict=True):
+        assert column[0].get_title() == criterion
+        for ax, which in zip(column, (2, 1), strict=True):
+            drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.lines}
+            assert drawn == {group: [(row[0], row[which]) for row in rows] for group, rows in groups.items()}
+            assert ax.get_xscale() == "log"
+
+
+def test_rules_on_the_plane_of_depth_and_accuracy_are_lines_from_left_to_right():
+    curves = {"fixed depth": [(1, 0.0), (12, 1.0), (4, 0.5)], "kl": [(5.5, 1.0), (2.5, 0.75)]}
+    ax = plots.depth_accuracy(curves, title="hops")
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.lines}
+    assert drawn == {rule: sorted(points) for rule, points in curves.items()}
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(curves) and ax.get_title() == "hops"
