@@ -200,7 +200,7 @@ def test_the_gantt_figure_has_a_block_for_every_slot_of_every_pass():
     assert above[1, 0].get_facecolor() == above[1, 1].get_facecolor() == below[0, 1].get_facecolor()
     assert above[2, 0].get_facecolor() == above[4, 1].get_facecolor() == below[1, 1].get_facecolor()
     brightness = [sum(bar.get_facecolor()[:3]) for bar in (below[0, 1], below[1, 1], below[2, 1])]
-    assert brightness == sorted(brightness, reverse=True), "the deeper, the darker"
+    assert brightness[0] > brightness[1] > brightness[2], "the deeper, the darker"
     assert above[0, 0].get_facecolor()[:3] == to_rgb(plots.GREY) and above[3, 0].get_facecolor()[:3] == (0, 0, 0)
     heights = [bar.get_height() for bar in (above[0, 0], above[3, 0], above[1, 0], below[0, 1])]
     assert heights[:2] == pytest.approx([heights[0]] * 2) and heights[2:] == pytest.approx([heights[2]] * 2)

@@ -393,7 +393,7 @@ def test_unknown_names_are_refused(arguments, words):
 
 def test_more_problems_than_there_are_is_an_error_and_no_endless_search(monkeypatch):
     monkeypatch.setattr(tasks, "CELLS", 8)  # 256 rows
-    with pytest.raises(ValueError, match="n is 500; family 'automaton', level 2, has about 1?[0-9] held-out problems"):
+    with pytest.raises(ValueError, match="n is 500; family 'automaton', level 2, has about"):
         tasks.heldout(500, family="automaton", level=2)
 
 
