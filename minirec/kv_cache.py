@@ -12,7 +12,9 @@ How many of them to keep is a choice (arXiv 2502.05171, section 6.2; arXiv 2510.
                        by depth     by position       <- the position x depth grid, literally
 
 With shared slots the numbers depend on how a text is cut into windows: positions that run together read each other's
-steps before they are overwritten.  Prelude and coda are passed once and have one slot.  The last slot is stored first: in a wave every position is a little
+steps before they are overwritten.
+
+Prelude and coda are passed once and have one slot.  The last slot is stored first: in a wave every position is a little
 shallower than the one left of it, so its cells lie on a diagonal of this memory, and a diagonal can be read and
 written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 """

@@ -159,6 +159,19 @@ def test_a_row_of_a_batch_gets_the_tokens_and_depths_it_gets_alone(
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_prompt_exits_by_its_own_positions_whatever_its_padding_says(small_model, criterion):
+    prompts, depths = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [7, 7], [8, 2, 8]], set()
+    for seed in range(4):
+        for threshold in LOOSE[criterion][:2]:
+            rule = {"criterion": criterion, "threshold": threshold, "exit_in_prefill": True, "num_steps": 12}
+            together = adaptive_exit.generate(small_model(seed), prompts, 1, **rule)
+            alone = [adaptive_exit.generate(small_model(seed), prompt, 1, **rule) for prompt in prompts]
+            assert [(g.tokens, g.depth) for g in together] == [(g.tokens, g.depth) for g in alone]
+            depths.add(tuple(g.depth[0] for g in together))
+    assert any(len(set(row)) > 1 for row in depths), "prompts do exit at depths of their own"
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_rows_do_exit_at_depths_of_their_own(small_model, criterion):
     """So that the property above is about something."""
     rule = {"criterion": criterion, "threshold": LOOSE[criterion][1], "num_steps": 9, "stop_tokens": ()}
@@ -271,6 +284,8 @@ def test_tokens_stream_in_order_and_false_stops(small_model):
     batch = adaptive_exit.generate(model, [[3, 1], [5]], 6, on_token=on_token, **rule)
     assert [gen.tokens for gen in batch] == [rows[0], rows[1]]
     assert (len(rows[0]), len(rows[1])) == (2, 6)
+    deepest = [max(gen.depth[i] for gen in batch if i < len(gen.depth)) for i in range(6)]
+    assert batch[1].passes == sum(deepest), "nobody waits for a row that has ended"
     alone = adaptive_exit.generate(model, [5], 6, **rule)
     assert (batch[1].tokens, batch[1].depth) == (alone.tokens, alone.depth)
 
