@@ -293,11 +293,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="runs of every workload (default: 5)")
     parser.add_argument("--coda-batch", type=int, default=1, help="slots that prelude or coda wait for in modes depth "
                         "and wavefront (default: 1)")  # fmt: skip
+    parser.add_argument("--guess-after", type=int, default=1, help="steps after which a wave guesses (default: 1)")
     parser.add_argument("--replay", action="store_true", help="take exits from a run before, not from the criterion")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     args = parser.parse_args(argv)
-    for name in ("requests", "slots", "repeat", "coda_batch", "threads"):
+    for name in ("requests", "slots", "repeat", "coda_batch", "guess_after", "threads"):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -306,6 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     before = machine()
     model = RecurrentDepthLM.from_pretrained("tiny")
+    if args.guess_after > model.config.mean_recurrence:
+        parser.error(f"--guess-after is {args.guess_after}; it must be from 1 to {model.config.mean_recurrence}")
     problems = mixed(max(args.requests))
     typical = sorted(problems, key=lambda p: len(p.prompt))[len(problems) // 2]
     print(in_words(before))
@@ -313,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Model: the shipped one, depth {model.config.mean_recurrence}, float32, greedy; {args.slots} slots of "
         f"{longest(problems)} tokens; {' and '.join(map(str, args.requests))} held-out problems of all families and "
         f"levels; exit below {EXIT}, {'replayed' if args.replay else 'live'}; coda batch {args.coda_batch}; "
+        f"waves guess after step {args.guess_after}; "
         f"{args.repeat} repeats, modes in turns."
     )
 
@@ -321,7 +325,8 @@ def main(argv: list[str] | None = None) -> None:
     def start(name: str, n: int, arrivals: list[float]) -> Run:
         mode, threshold = ROWS[name]
         engine = Replay if args.replay and threshold is not None and threshold in expected else Engine
-        made = partial(engine, model, args.slots, longest(problems), mode=mode, coda_batch=args.coda_batch)
+        made = partial(engine, model, args.slots, longest(problems), mode=mode, coda_batch=args.coda_batch,
+                       guess_after=args.guess_after)  # fmt: skip
         run = Run(made, problems[:n], arrivals, None if engine is Replay else threshold)
         if engine is Replay:
             run.engine.depths = [generation.depth for generation in expected[threshold]]
@@ -381,8 +386,8 @@ def main(argv: list[str] | None = None) -> None:
     print(LEGEND)
     if args.json:
         settings = {"requests": args.requests, "slots": args.slots, "rates": args.rates, "repeat": args.repeat,
-                    "replay": args.replay, "coda_batch": args.coda_batch, "threshold": EXIT,
-                    "num_steps": model.config.mean_recurrence}  # fmt: skip
+                    "replay": args.replay, "coda_batch": args.coda_batch, "guess_after": args.guess_after,
+                    "threshold": EXIT, "num_steps": model.config.mean_recurrence}  # fmt: skip
         write_json(
             args.json,
             {"machine": before, "settings": settings, "workloads": found, "bounds": limits,

@@ -30,8 +30,8 @@ least (1 - TV) / (1 + TV) (Daliri et al., arXiv 2408.07978), and it gives the sa
 LoopSpec (2609.17184) proposes from two depths, follows several branches and verifies in cascade; DAS-Wave (2609.34538)
 uses the wave as a drafter for a separate full-depth verifier.  All three run one sequence.  Here a guess is compared
 after every outer step, not only once verified, so a wrong one is taken back sooner; rows of a batch run waves of their
-own widths; sampled output has the tokens of autoregressive sampling; and prelude and embedding are computed once for
-each new token of a position.  Nothing is trained, branched or verified twice.
+own widths; sampled output has the tokens of autoregressive sampling; and the prelude runs on the newest position
+alone.  Nothing is trained, branched or verified twice.
 
 Notebook: 08_lossless_wavefront.
 """

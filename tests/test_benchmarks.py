@@ -623,6 +623,7 @@ def test_requests_are_of_all_kinds_and_arrive_as_often_as_asked(batching):
     [
         (["--requests", "4", "0"], "--requests is [4, 0]; it must be at least 1"),
         (["--coda-batch", "0"], "--coda-batch is 0; it must be at least 1"),
+        (["--guess-after", "99"], "--guess-after is 99; it must be from 1 to 12"),
         (["--rates", "0.5", "0"], "--rates is [0.5, 0.0]; all must be above 0"),
     ],
 )
