@@ -129,8 +129,8 @@ def generate(
     starts from the last state of the one before it (2502.05171, section 6.3), not from its own initial state.
     min_steps, check_every: check after step min_steps and every check_every steps from there, against what the check
     before has seen.  options: those of `minirec.decoding.Options`.  Returns a Generation, or a list of them for a
-    batch, whose `passes` count what the whole batch ran; `decodes` leaves out the coda calls that a criterion makes.  A
-    bad argument is a ValueError.
+    batch, whose `passes` count what the whole batch ran; `decodes` count the coda calls of a criterion too.  A bad
+    argument is a ValueError.
     """
     r = model.config.mean_recurrence if num_steps is None else num_steps
     check_counts(num_steps=r, max_new_tokens=max_new_tokens, min_steps=min_steps, check_every=check_every)

@@ -35,6 +35,7 @@ from enum import Enum
 
 import torch
 
+from minirec.adaptive_exit import latent_diff
 from minirec.decoding import Generation, Grid, Options, as_rows, check_counts, check_request
 from minirec.kv_cache import bytes_per_token
 from minirec.lossless_wavefront import next_wave
@@ -114,6 +115,7 @@ class Scheduler:
         self.mode, self.policy, self.slots = mode, policy, slots
         self.kv_budget, self.coda_batch, self.patience = kv_budget, coda_batch, patience
         self.waiting: deque[Request] = deque()
+        self.filling = False  # a static batch, before it starts
 
     def admit(self, busy: list[Slot]) -> Request | None:
         """The next request to take a free slot, or None.  The first in line is never passed over, so none starves."""
@@ -123,10 +125,8 @@ class Scheduler:
         promised = sum(slot.request.kv_bytes for slot in busy)
         if self.kv_budget is not None and promised + self.waiting[0].kv_bytes > self.kv_budget:
             return None
-        self.filling = True  # a static batch fills up before it starts
+        self.filling = True
         return self.waiting.popleft()
-
-    filling = False
 
     def choose(self, busy: list[Slot]) -> tuple[Stage, list[Slot]]:
         """The queue of the next pass, and the slots in it."""
@@ -347,8 +347,7 @@ class Engine:
         at.write(grid.state, s)
         calm = None
         if any(slot.request.threshold is not None for slot in slots):
-            moved = torch.linalg.vector_norm(s - before, dim=-1) / torch.linalg.vector_norm(s, dim=-1)  # (N, 1)
-            calm = moved[:, 0].tolist()
+            calm = latent_diff(before, s)[:, 0].tolist()
         first = 0
         for slot in slots:
             slot.depths, slot.left = [d + 1 for d in slot.depths], slot.left - 1

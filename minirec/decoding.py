@@ -47,7 +47,8 @@ class Generation:
 
     tokens: the new tokens, stop token included; depth: recurrence steps spent on each; passes: recurrent-block
     passes in all, prefill included (what a memory-bound machine pays for); row_steps: the cells these passes
-    advanced after the prefill; decodes: prelude-and-coda calls, prefill included; trace: None unless asked for.
+    advanced after the prefill; decodes: coda calls, prefill included (of the prelude there are as many, or fewer);
+    trace: None unless asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -213,7 +214,6 @@ class Grid:
 
     def embed(self, at: Window) -> Tensor:
         """Prelude of the window's tokens: e (B, W, d)."""
-        self.decodes += 1
         x = F.embedding(at.read(self.tokens), self.embedding) * math.sqrt(self.embedding.shape[1])
         for layer, weights in enumerate(self.prelude):
             x = self.block(weights, x, at, "prelude", layer, 0)
@@ -234,6 +234,7 @@ class Grid:
 
     def decode(self, s: Tensor, at: Window, only: Tensor | None = None) -> Tensor:
         """Coda of the window: logits (B, W, V); with `only` (B,) int64, of that one cell of each row: (B, 1, V)."""
+        self.decodes += 1
         x = self.norm(s, self.ln_f)
         for layer, weights in enumerate(self.coda):
             x = self.block(weights, x, at, "coda", layer, 0)

@@ -101,9 +101,9 @@ def generate(
     depths = [[0] for _ in rows]  # and the steps that each position has run on its token
     while not all(grid.finished):
         starts, widths = [grid.next_position(row) for row in rows], [len(cells) for cells in depths]
-        newest = grid.window([start + width - 1 for start, width in zip(starts, widths, strict=True)], 1)
-        newest.write(embedding, grid.embed(newest))  # the others have theirs
-        if min(cells[-1] for cells in depths) == 0:
+        if min(cells[-1] for cells in depths) == 0:  # the others have their embedding
+            newest = grid.window([start + width - 1 for start, width in zip(starts, widths, strict=True)], 1)
+            newest.write(embedding, grid.embed(newest))
             new = torch.tensor([[[cells[-1] == 0]] for cells in depths], device=model.device)  # (B, 1, 1)
             newest.write(grid.state, torch.where(new, newest.read(initial), newest.read(grid.state)))
 

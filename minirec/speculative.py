@@ -29,8 +29,6 @@ Notebook: 08_lossless_wavefront, which compares it with the diagonal schedule.
 
 from __future__ import annotations
 
-from itertools import takewhile
-
 import torch
 
 from minirec.decoding import Generation, Grid, check_counts
@@ -98,9 +96,7 @@ def generate(
         for row, (row_tokens, passed) in enumerate(torch.stack([tokens, right], dim=1).tolist()):
             if grid.finished[row]:
                 continue
-            kept = (
-                sum(1 for _ in takewhile(bool, passed)) + 1
-            )  # the drafts before the first wrong one, and its correction
+            kept = [*passed, 0].index(0) + 1  # the drafts before the first wrong one, and its correction
             for token in row_tokens[:kept]:
                 if not grid.finished[row]:
                     grid.commit(row, token, r)

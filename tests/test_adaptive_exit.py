@@ -244,9 +244,15 @@ def test_counts_are_exact_and_no_step_is_wasted(small_model, prompts, seed, rule
     assert len(gen.tokens) == limit or gen.tokens[-1] in stop
     r, after_prompt = options["num_steps"], sum(gen.depth[1:])
     assert gen.passes == gen.depth[0] + after_prompt and gen.row_steps == after_prompt
-    assert gen.decodes == len(gen.tokens)
     assert options["exit_in_prefill"] or gen.depth[0] == r
     checks = range(options["min_steps"], r, options["check_every"])
+    asked = [
+        0 if i == 0 and not options["exit_in_prefill"] else sum(c <= d for c in checks) for i, d in enumerate(gen.depth)
+    ]
+    if options["criterion"] in ("latent-diff", "cosine"):
+        assert gen.decodes == len(gen.tokens)
+    else:  # the coda is called for every check, and the logits of the one that let a token go are used
+        assert gen.decodes == sum(asked) + 1 + sum(depth == r for depth in gen.depth[1:])
     assert all(depth == r or depth in checks for depth in gen.depth)
     assert [(step.depths, step.guesses) for step in gen.trace] == [
         ([depth], [token]) for depth, token in zip(gen.depth[1:], gen.tokens[1:], strict=True)

@@ -68,7 +68,7 @@ def test_a_round_costs_what_it_says(small_model, seed, draft_steps, lookahead, r
     )
     widths = [len(step.depths) for step in gen.trace]
     assert gen.passes == 6 + sum(w * draft_steps + (6 - draft_steps if reuse else 6) for w in widths)
-    assert gen.decodes == 1 + sum(widths), "one prelude call a draft; verifying has its embeddings already"
+    assert gen.decodes == 1 + sum(w + 1 for w in widths), "a coda call for every draft, one to verify them all"
     assert all(w <= lookahead for w in widths)
 
 
