@@ -755,3 +755,78 @@ def depth_accuracy(
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
+
+
+# --- Two ways to denoise: notebook 07_diffusion_language_models ---
+
+
+def noise_levels(panels: Mapping[str, np.ndarray]) -> np.ndarray:
+    """How noisy every position still is while a sampler runs, one panel a sampler; returns the axes.
+
+    panels: title -> (sampling steps, positions), from 1 for noise alone to 0 for done.  Dark is done.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for ax, (title, levels) in zip(axes[0], panels.items(), strict=True):
+        image = ax.imshow(np.asarray(levels, dtype=float), norm=Normalize(0, 1), cmap="viridis", aspect="auto")
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("position")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("sampling step (time runs downwards)")
+    fig.colorbar(image, ax=axes, fraction=0.02, pad=0.01, label="noise left")
+    return axes[0]
+
+
+def _draw_unmasking(ax: Axes, passes: Sequence, tokenizer=None) -> None:
+    """Passes of a masked-diffusion model as coloured cells over hatched known tokens; words inside with a tokenizer."""
+    cmap, text = plt.get_cmap("viridis_r"), passes[-1].guesses
+    for y, one in enumerate(passes):
+        for x, (known, guess, sure) in enumerate(zip(one.known, one.guesses, one.confidence, strict=True)):
+            if known:
+                style = dict(facecolor="#F1F1F1", hatch="///", edgecolor="#CFCFCF", linewidth=0)
+                ax.add_patch(plt.Rectangle((x, y), 1, 1, **style))
+            else:
+                colour = cmap(sure)
+                ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4))
+                if tokenizer is not None:
+                    word = _word(tokenizer, guess)
+                    ax.text(x + 0.5, y + 0.55, word, ha="center", va="center", fontsize=6, color=_ink(colour))
+            if guess != text[x]:
+                ax.plot(x + 0.5, y + 0.14, "o", color=VERMILION, markeredgecolor="white", markersize=4)
+
+
+def unmasking_and_wavefront(passes: Sequence, generation, prompt_length: int, tokenizer=None) -> np.ndarray:
+    """Tokens unmasked anywhere in the text, and states refined along a diagonal, side by side; returns the two axes.
+
+    passes: of a masked-diffusion model, each with `known` (which tokens stood before it), `guesses` and `confidence`
+    (0 to 1), one entry a position; a cell is a hidden token, dark where the guess is sure.  generation: a Generation
+    made with trace=True for a prompt of `prompt_length` tokens, drawn as in `wavefront`.  Hatched tokens stand; a dot
+    marks a guess that is not what the text ends with.
+    """
+    widths = len(passes[0].guesses), 2 * len(generation.tokens)
+    fig, axes = plt.subplots(1, 2, figsize=(14, 4.8), width_ratios=widths, layout="constrained")
+    _draw_unmasking(axes[0], passes, tokenizer)
+    _draw_cells(axes[1], generation, prompt_length, range(len(generation.trace)), tokenizer)
+    limits = (len(passes[0].guesses), len(passes)), (len(generation.tokens), len(generation.trace))
+    names = ("pass of the denoiser", "token of the canvas"), ("outer step", "new token that the cell predicts")
+    for ax, (columns, rows), (y_name, x_name) in zip(axes, limits, names, strict=True):
+        ax.set(xlim=(0, columns), ylim=(rows, 0), xlabel=x_name, ylabel=f"{y_name} (time runs downwards)")
+        for axis, n in ((ax.xaxis, columns), (ax.yaxis, rows)):
+            shown = np.arange(1, n + 1, max(1, -(-n // 20)))
+            axis.set_ticks(shown - 0.5, shown)
+        ax.tick_params(length=0, labelsize=8)
+    axes[0].set_title("masked diffusion: tokens are uncovered where they are sure", fontsize=10)
+    axes[1].set_title("diffusion forcing: states refined along a diagonal", fontsize=10)
+    cmap, norm = _depth_colours(_deepest(generation))
+    left = plt.cm.ScalarMappable(Normalize(0, 1), "viridis_r")
+    fig.colorbar(left, ax=axes[0], fraction=0.02, pad=0.01, label="probability of the guess")
+    bar = fig.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=axes[1], fraction=0.04, pad=0.01)
+    bar.set_label("recurrence steps of the cell")
+    bar.minorticks_off()
+    handles = [
+        Patch(facecolor="#F1F1F1", hatch="///", edgecolor="#CFCFCF", label="token that stands"),
+        Line2D([], [], marker="o", linestyle="", color=VERMILION, label="guess that is not the last one"),
+        Line2D([], [], color="black", label="edge of the frozen prefix"),
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return axes

@@ -1,5 +1,7 @@
 """Figures show the data they are given: what is read back from the axes is what went in."""
 
+from types import SimpleNamespace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from matplotlib.colors import to_rgb
 
 from minirec import plots
 from minirec.continuous_batching import Pass, Stage
+from minirec.decoding import Generation, OuterStep
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +291,49 @@ def test_rules_on_the_plane_of_depth_and_accuracy_are_lines_from_left_to_right()
     drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.lines}
     assert drawn == {rule: sorted(points) for rule, points in curves.items()}
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(curves) and ax.get_title() == "hops"
+
+
+# --- Two ways to denoise: notebook 07_diffusion_language_models ---
+
+
+def test_noise_levels_share_one_scale_and_run_downwards():
+    panels = {"together": np.array([[1.0, 1.0], [0.5, 0.5]]), "diagonal": np.array([[1.0, 1.0], [0.25, 1.0], [0, 0.5]])}
+    axes = plots.noise_levels(panels)
+    assert [ax.get_title() for ax in axes] == list(panels)
+    for ax, levels in zip(axes, panels.values(), strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), levels)
+        assert ax.images[0].get_clim() == (0, 1)
+        bottom, top = ax.get_ylim()
+        assert bottom > top, "the first sampling step is the top row"
+    dark, light = (brightness(axes[0].images[0].cmap(level)[:3]) for level in (0.0, 1.0))
+    assert dark < light, "what is done is dark, as what is deep"
+
+
+class Words:
+    "A tokenizer whose words are the numbers of its tokens."
+
+    def decode(self, tokens, **_):
+        return " ".join(map(str, tokens))
+
+
+def test_unmasking_has_a_cell_for_every_hidden_token_and_a_dot_for_every_guess_to_be_changed():
+    passes = [
+        SimpleNamespace(known=[False, False, False], guesses=[7, 5, 6], confidence=[0.9, 0.5, 0.2]),
+        SimpleNamespace(known=[True, False, False], guesses=[7, 8, 6], confidence=[1.0, 0.8, 0.4]),
+        SimpleNamespace(known=[True, True, False], guesses=[7, 8, 9], confidence=[1.0, 1.0, 0.7]),
+    ]
+    steps = [OuterStep(4, [1], [3], 5), OuterStep(5, [1], [2], 6)]  # a prompt of four tokens, one new one a step
+    wave = Generation(tokens=[7, 3, 2], depth=[2, 1, 1], passes=4, trace=steps)
+    left, right = plots.unmasking_and_wavefront(passes, wave, 4, Words())
+    assert [text.get_text() for text in left.texts] == ["7", "5", "6", "8", "6", "9"], "hidden tokens bear their guess"
+    places = [(round(cell.get_x()), round(cell.get_y())) for cell in left.patches]
+    assert sorted(places) == [(x, y) for x in range(3) for y in range(3)]
+    hatched = {place for place, cell in zip(places, left.patches, strict=True) if cell.get_hatch()}
+    assert hatched == {(0, 1), (0, 2), (1, 2)}
+    shade = {place: brightness(cell.get_facecolor()[:3]) for place, cell in zip(places, left.patches, strict=True)}
+    assert shade[0, 0] < shade[1, 0] < shade[2, 0], "sure is dark"
+    dots = sorted((int(line.get_xdata()[0]), int(line.get_ydata()[0])) for line in left.lines)
+    assert dots == [(1, 0), (2, 0), (2, 1)]
+    assert [text.get_text() for text in right.texts] == ["3", "2"], "the wavefront's cells bear theirs"
+    for ax, rows in ((left, 3), (right, 2)):
+        assert ax.get_ylim() == (rows, 0) and ax.get_xlim() == (0, 3)
