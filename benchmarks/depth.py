@@ -9,6 +9,7 @@ marked with * are harder than any that training showed.  Nothing here is a time,
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 
 import torch
 from timing import in_words, machine, table, write_json
@@ -65,18 +66,21 @@ def exits(model: RecurrentDepthLM, problems: list[Problem]) -> dict:
     """Adaptive exit by the relative change of the state.
 
     With kv "full" a position in its step k sees what the others were after step k, as in training; with "shared" it
-    sees where they ended.  "computed" is over the tokens that another stage of the solution would not share.
+    sees where they ended.  The first token, which comes with the prompt at full depth, does not count; "computed" is
+    over the tokens that another stage of the solution would not share.
     """
     rows = {}
     room = max(len(p.target) for p in problems)
     for kv in ("full", "shared"):
         for threshold in (0.0, *THRESHOLDS):
             results = adaptive_exit.generate(model, [p.prompt for p in problems], room, threshold=threshold, kv=kv)
-            depths = [d for g in results for d in g.depth]
+            depths = [d for g in results for d in g.depth[1:]]
             computed = [
                 d
                 for p, g in zip(problems, results, strict=True)
-                for d, last, before in zip(g.depth, p.target, p.reached(max(1, len(p.stages) - 1)), strict=False)
+                for d, last, before in islice(
+                    zip(g.depth, p.target, p.reached(max(1, len(p.stages) - 1)), strict=False), 1, None
+                )
                 if last != before or len(p.stages) == 1
             ]
             right = sum(p.is_correct(g.tokens) for p, g in zip(problems, results, strict=True)) / len(problems)
@@ -123,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             problems = tasks.heldout(args.problems, family=family, level=level)
             found[name_of(family, level)] = look_inside(model, problems)
             if level in tasks.FAMILIES[family]:
-                found[name_of(family, level)]["exits"] = exits(model, problems[: 4 if family == "words" else 20])
+                found[name_of(family, level)]["exits"] = exits(model, problems[:20])
     print("Exact match by depth\n")
     print(table(["", *(f"r = {r}" for r in DEPTHS)],
                 [[n, *(f"{100 * x:.1f}" for x in f["exact_match"].values())] for n, f in found.items()]))  # fmt: skip
@@ -134,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(["", "mean", "mean of those after the first step", "latest"],
                 [[n, f"{f['settled_mean']:.2f}", f"{f['settled_mean_of_later']:.2f}", str(f["settled_max"])]
                  for n, f in found.items()]))  # fmt: skip
-    print("\nAdaptive exit, by cache and threshold (0: never): right / mean depth of all tokens / of computed ones\n")
+    print("\nAdaptive exit, by cache and threshold (0: never): right / mean depth from token 2 on / of computed ones\n")
     print(table(["", *next(f["exits"] for f in found.values() if "exits" in f)],
                 [[n, *(f"{e['right']:.1%} / {e['depth']:.2f} / {e['computed']:.2f}" for e in f["exits"].values())]
                  for n, f in found.items() if "exits" in f]))  # fmt: skip

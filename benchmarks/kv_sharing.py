@@ -52,7 +52,7 @@ def solve(model: RecurrentDepthLM, problems: list[Problem], name: str, cache: di
 
 def summary(results: list[Generation], full: list[Generation], problems: list[Problem]) -> dict:
     """Right answers, texts that are token for token those of the full cache, and steps per token."""
-    n, depths = len(problems), [d for g in results for d in g.depth]
+    n, depths = len(problems), [d for g in results for d in g.depth[1:]]  # the first comes with the prompt
     return {
         "right": sum(p.is_correct(g.tokens) for p, g in zip(problems, results, strict=True)) / n,
         "same_tokens": sum(f.tokens == g.tokens for f, g in zip(full, results, strict=True)) / n,

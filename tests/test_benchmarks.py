@@ -210,7 +210,8 @@ def test_profile_counts_the_attention_inside_the_cache_once(overhead, ticks, mon
 
 def test_samplers_reports_every_setting_of_every_family_from_one_run(samplers, samplers_run):
     text, written = samplers_run
-    assert list(written["families"]) == ["words", "hops"]
+    assert list(written["families"]) == ["words", "hops", samplers.ALL]
+    assert written["families"][samplers.ALL]["problems"] == 2
     for found, printed in zip(written["families"].values(), zip(*[iter(tables(text))] * 2, strict=True), strict=True):
         rows = found["rows"]
         for _, *lines in printed:
@@ -414,7 +415,7 @@ def test_kv_sharing_of_made_up_results(kv_sharing):
     full.append(full[1])
     problems, other = [*problems, problems[1]], [*other, other[1]]
     found = kv_sharing.summary(other, full, problems)
-    assert found == {"right": 1 / 3, "same_tokens": 1 / 3, "depth": 100 / 10}
+    assert found == {"right": 1 / 3, "same_tokens": 1 / 3, "depth": 75 / 7}
 
 
 @pytest.mark.parametrize(
