@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirec.decoding import Generation, Grid, check_counts
-from minirec.kv_cache import Window
+from minirec.kv_cache import Window, upload
 from minirec.recurrent_block import RecurrentDepthLM
 
 
@@ -206,6 +206,6 @@ def _loop(
             if all(n <= step or done for n, done in zip(ran, grid.finished, strict=True)):
                 return s, new if reads == "logits" else None, ran
             if min(ran) <= step:
-                exited = torch.tensor([n <= step for n in ran], device=s.device)[:, None, None]  # (B, 1, 1)
+                exited = upload([n <= step for n in ran], s.device)[:, None, None]  # (B, 1, 1)
         previous = new
     return s, None, ran

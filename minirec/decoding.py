@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirec.config import RecurrentConfig
-from minirec.kv_cache import Cells, Diagonal, KVCache, Window
+from minirec.fast_path import FastPath, room
+from minirec.kv_cache import Cells, Diagonal, KVCache, Window, upload
 from minirec.recurrent_block import RecurrentDepthLM, rotate
 from minirec.token_choice import TokenChoice
 
@@ -67,7 +68,8 @@ class Options:
     0 for zeros.  seed: an int, or one per prompt.  temperature 0 is greedy; with top_k, top_p, min_p and
     repetition_penalty see `minirec.token_choice`.  stop_tokens: ids that end a generation, None for the
     checkpoint's own, () for none.  on_token: called with every token id as it becomes final, and for a batch also
-    with its row; returning False ends that generation there.  trace: record every outer step.
+    with its row; returning False ends that generation there.  trace: record every outer step.  fast: static shapes,
+    replayed as CUDA graphs on a GPU (`minirec.fast_path`); on a CPU it gains nothing.
     """
 
     kv: str = "full"
@@ -82,6 +84,7 @@ class Options:
     stop_tokens: Sequence[int] | None = None
     on_token: Callable | None = None
     trace: bool = False
+    fast: bool = False
 
 
 def as_rows(prompt) -> tuple[list[list[int]], bool]:
@@ -154,6 +157,7 @@ class Grid:
         self.stop_tokens = stop_tokens(model) if o.stop_tokens is None else set(o.stop_tokens)
         self.lengths = [len(ids) for ids in prompts]
         length = max(self.lengths) + max_new_tokens + (spare if len(prompts) > 1 else 0)
+        length = room(length) if o.fast else length
         device = model.device
         self.cache = KVCache(config, len(prompts), length, num_steps, o.kv, o.kv_slots, device, model.dtype)
         self.rope = model.rope(torch.arange(length, device=device))  # (L, 1, 1, c/2)
@@ -170,6 +174,7 @@ class Grid:
         self.generations = [Generation(trace=[] if o.trace else None) for _ in prompts]
         self.finished = [False] * len(prompts)
         self.passes = self.row_steps = self.decodes = 0
+        self.fast_path = FastPath(self.cache, self.rope) if o.fast else None
 
     def _look_up(self, model: RecurrentDepthLM) -> None:
         """Keep every weight at hand, so that a step touches tensors only."""
@@ -207,14 +212,17 @@ class Grid:
         """
         if len({depth for row in cells for depth in row}) == 1:
             return cells[0][0]
-        if len(cells) == 1:
+        if len(cells) == 1 and self.fast_path is None:
             return Diagonal.of(cells[0])
         width = max(map(len, cells))
-        return torch.tensor([row + [0] * (width - len(row)) for row in cells], device=self.model.device)
+        return upload([row + [0] * (width - len(row)) for row in cells], self.model.device)
 
     def embed(self, at: Window) -> Tensor:
         """Prelude of the window's tokens: e (B, W, d)."""
-        x = F.embedding(at.read(self.tokens), self.embedding) * math.sqrt(self.embedding.shape[1])
+        return self._run(at, self._embed, at.read(self.tokens))
+
+    def _embed(self, at: Window, tokens: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.embedding) * math.sqrt(self.embedding.shape[1])
         for layer, weights in enumerate(self.prelude):
             x = self.block(weights, x, at, "prelude", layer, 0)
         return x
@@ -226,7 +234,9 @@ class Grid:
         """
         self.passes += 1
         self.row_steps += s.shape[1]
-        slot = self.cache.slot(depth)
+        return self._run(at, self._recur, s, e, self.cache.slot(depth))
+
+    def _recur(self, at: Window, s: Tensor, e: Tensor, slot: int | Diagonal | Tensor) -> Tensor:
         s = F.linear(torch.cat([s, e], dim=-1), self.adapter)
         for layer, weights in enumerate(self.core):
             s = self.block(weights, s, at, "core", layer, slot)
@@ -235,6 +245,9 @@ class Grid:
     def decode(self, s: Tensor, at: Window, only: Tensor | None = None) -> Tensor:
         """Coda of the window: logits (B, W, V); with `only` (B,) int64, of that one cell of each row: (B, 1, V)."""
         self.decodes += 1
+        return self._run(at, self._decode, s) if only is None else self._decode(at, s, only)
+
+    def _decode(self, at: Window, s: Tensor, only: Tensor | None = None) -> Tensor:
         x = self.norm(s, self.ln_f)
         for layer, weights in enumerate(self.coda):
             x = self.block(weights, x, at, "coda", layer, 0)
@@ -242,6 +255,10 @@ class Grid:
             x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
         logits = F.linear(self.norm(x, self.ln_f), self.head)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _run(self, at: Window, work: Callable, *inputs) -> Tensor:
+        """One of the three above on a window: as it is, or on the fast path."""
+        return work(at, *inputs) if self.fast_path is None else self.fast_path(at, work, *inputs)
 
     def block(
         self, weights: tuple, x: Tensor, at: Window, part: str, layer: int, slot: int | Diagonal | Tensor

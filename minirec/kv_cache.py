@@ -44,6 +44,11 @@ def bytes_per_token(
     return 2 * calls * config.n_embd * dtype.itemsize
 
 
+def upload(values: list, device: torch.device | str) -> Tensor:
+    """A small tensor from Python numbers; the host does not wait until a GPU has come as far."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Diagonal:
     """The depths of some cells, as runs: (first cell, cells, depth of the first, fall from each to the next).
@@ -130,6 +135,7 @@ class KVCache:
             "coda": keys_and_values(config.n_layers_in_coda, 1),
         }
         self.index = torch.arange(length, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1)
         self.shown, self.hidden = torch.tensor([0.0, float("-inf")], device=device, dtype=dtype)
         # the same memory as (keys, values), (B, H, L, c) each, of every layer and slot: a step looks them up
         self.views = {
@@ -149,7 +155,7 @@ class KVCache:
         if isinstance(depth, Diagonal):
             if self.kv == "full" and max(depth.cells) < self.slots:
                 return depth
-            depth = torch.tensor([depth.cells], device=self.index.device)
+            depth = upload([depth.cells], self.index.device)
         if self.kv == "shared":
             return depth % self.slots
         return min(depth, self.slots - 1) if isinstance(depth, int) else depth.clamp(max=self.slots - 1)
@@ -196,7 +202,7 @@ class Window:
             self.causal = self.start == 0 and width > 1
         else:
             self.start = None
-            self.positions = torch.tensor(starts, device=rope.device)[:, None] + cache.index[:width]  # (B, W)
+            self.positions = upload(starts, rope.device)[:, None] + cache.index[:width]  # (B, W)
             self.rope = rope[self.positions]
         if self.start is None or (self.start > 0 and width > 1):  # something stored has to be hidden from some cell
             seen = cache.index[: self.end] <= self.positions[..., None]  # (B or 1, W, end)
@@ -205,7 +211,7 @@ class Window:
     @property
     def rows(self) -> Tensor:
         """Row numbers (B, 1), to index together with positions."""
-        return torch.arange(self.cache.batch, device=self.positions.device)[:, None]
+        return self.cache.rows
 
     def read(self, grid: Tensor) -> Tensor:
         """The window's part of a tensor over all positions: (B, L, ...) -> (B, W, ...)."""

@@ -41,6 +41,7 @@ from __future__ import annotations
 import torch
 
 from minirec.decoding import Generation, Grid, check_counts
+from minirec.kv_cache import upload
 from minirec.recurrent_block import RecurrentDepthLM
 
 
@@ -104,7 +105,7 @@ def generate(
         if min(cells[-1] for cells in depths) == 0:  # the others have their embedding
             newest = grid.window([start + width - 1 for start, width in zip(starts, widths, strict=True)], 1)
             newest.write(embedding, grid.embed(newest))
-            new = torch.tensor([[[cells[-1] == 0]] for cells in depths], device=model.device)  # (B, 1, 1)
+            new = upload([[[cells[-1] == 0]] for cells in depths], model.device)  # (B, 1, 1)
             newest.write(grid.state, torch.where(new, newest.read(initial), newest.read(grid.state)))
 
         at = grid.window(starts, max(widths))
