@@ -11,12 +11,13 @@ waits for its deepest token.  So let every slot be where it is, and keep three q
     "static"     when all slots are free         waits for all others, and then they go on       1
     "sequence"   when a slot is free             the same                                        1
     "depth"      when a slot is free             goes on with the next pass                      1
-    "wavefront"  when a slot is free             goes on with the next pass                      a lossless wave
+    "wavefront"  when a slot is free             goes on with the next pass                      a wave
 
 All four are one loop (`Engine.step`: one pass through one of the queues); a mode is which slots may be in the pass.
 Cells of any slots, positions and depths share a pass (`kv_cache.Cells`); a prompt is a few chunks of positions that
-move together.  A request gets the tokens it would get alone: from `autoregressive`, from `adaptive_exit` with the
-criterion "latent-diff" if it has a threshold, from `lossless_wavefront` in mode "wavefront".
+move together.  A request gets the tokens it would get alone: from `autoregressive`, or, with a threshold, from
+`adaptive_exit` with the criterion "latent-diff"; in mode "wavefront" from `lossless_wavefront`, or, with a threshold,
+from `diffusion_forcing` without momentum.
 
 Public engines batch by depth with one position a request (2608.09444, thousands of lines for GPUs), or run a wavefront
 for one sequence; this one joins the two.  Keys and values: a row of a static cache for each slot; a budget in bytes
@@ -37,7 +38,8 @@ import torch
 
 from minirec.adaptive_exit import latent_diff
 from minirec.decoding import Generation, Grid, Options, as_rows, check_counts, check_request
-from minirec.kv_cache import bytes_per_token
+from minirec.diffusion_forcing import Front
+from minirec.kv_cache import bytes_per_token, upload
 from minirec.lossless_wavefront import next_wave
 from minirec.recurrent_block import RecurrentDepthLM
 from minirec.token_choice import TokenChoice
@@ -90,6 +92,7 @@ class Slot:
     tokens: list[int]  # that its positions run on
     depths: list[int]  # steps they have run
     new: int  # how many of them, on the right, have not been through the prelude
+    front: Front | None = None  # of a request that decodes by diffusion forcing
     left: int = 0  # steps until the coda
     stage: Stage = Stage.PRELUDE
     sat_out: int = 0  # passes in a row that others had
@@ -144,7 +147,11 @@ class Scheduler:
         return stage, queues[stage]
 
     def widest(self, busy: int, row_budget: int) -> int:
-        """Width against breadth: how wide a wave may be when so many slots share a pass of so many rows."""
+        """Width against breadth: how wide a wave may be when so many slots share a pass of so many rows.
+
+        A lossless wave gets its share of what is busy now.  What diffusion forcing decodes hangs on its width: it gets
+        the share of all slots, whoever is there.
+        """
         return max(1, row_budget // max(1, busy))
 
 
@@ -153,9 +160,10 @@ class Engine:
 
     num_steps: the depth of the cache, and the default of requests (None: the config's mean_recurrence).  chunk: the
     most prompt positions of a slot in a pass.  row_budget: cells of a pass that waves share out (mode "wavefront").
-    guess_after: as for the lossless wavefront.  coda_batch: slots that prelude or coda wait for while others can loop
-    ("depth", "wavefront").  kv_budget: bytes of keys and values promised at once, None for what the slots hold.
-    kv, kv_slots, init_scale: as for all samplers.  on_pass: called with every Pass.  clock: seconds.
+    guess_after: as for the lossless wavefront, and the `inner_steps` of diffusion forcing.  coda_batch: slots that
+    prelude or coda wait for while others can loop ("depth", "wavefront").  kv_budget: bytes of keys and values promised
+    at once, None for what the slots hold.  kv, kv_slots, init_scale: as for all samplers.  on_pass: called with every
+    Pass.  clock: seconds.
 
     submit and cancel may be called from other threads while one runs `step`, `run` or `stream`.
     """
@@ -184,6 +192,7 @@ class Engine:
         self.grid = Grid(model, [[0]] * slots, max_length - 1, self.r, kv=kv, kv_slots=kv_slots, init_scale=init_scale)
         self.embedding = torch.zeros_like(self.grid.state)  # (B, L, d)
         self.initial = self.grid.state.clone()  # (B, L, d), of the requests that sit there
+        self.before = self.grid.state.clone()  # (B, L, d), at the start of a wave's outer step
         self.kv_bytes = bytes_per_token(model.config, self.r, kv, kv_slots, model.dtype)
         self.kv_budget = slots * max_length * self.kv_bytes if kv_budget is None else kv_budget
         self.scheduler = Scheduler(mode, policy, slots, self.kv_budget, coda_batch, patience)
@@ -201,7 +210,8 @@ class Engine:
         """Queue a prompt (list or 1-D tensor of ids); returns the request's id.
 
         num_steps: at most the engine's.  threshold: exit when a state moves by less, relative to its length, at most
-        after num_steps; None for never (mode "wavefront" is lossless and has no exit).  options: seed, temperature,
+        after num_steps; None for never; in mode "wavefront" None is lossless, and a number the `exit_threshold` of
+        diffusion forcing, with at most row_budget / slots positions in flight.  options: seed, temperature,
         top_k, top_p, min_p, repetition_penalty, stop_tokens and on_token, as for all samplers.  A request that could
         never run is a ValueError with the numbers, and the engine goes on.
         """
@@ -211,8 +221,6 @@ class Engine:
             raise ValueError(f"num_steps is {r}; this engine's cache is {self.r} steps deep")
         if threshold is not None and not threshold >= 0:
             raise ValueError(f"threshold is {threshold}; it must be 0 or above, or None")
-        if threshold is not None and self.mode == "wavefront":
-            raise ValueError(f"threshold is {threshold}; mode 'wavefront' is lossless, and has no exit but num_steps")
         unknown = options.keys() & {"kv", "kv_slots", "init_scale", "trace", "fast"}
         if unknown:
             raise ValueError(f"{min(unknown)} is the engine's to choose, not a request's")
@@ -300,14 +308,22 @@ class Engine:
         if state is not State.FINISHED:
             self._events.append(Event(request.id, None, 0, True))
 
-    def _open(self, slot: Slot, tokens: list[int], depths: list[int] | None = None, start: int | None = None) -> None:
-        """Give a slot its next window: positions that start together, or a wave with one new position at most."""
+    def _open(
+        self,
+        slot: Slot,
+        tokens: list[int],
+        depths: list[int] | None = None,
+        start: int | None = None,
+        new: int | None = None,
+    ) -> None:
+        """Give a slot its next window: positions that start together, or a wave with `new` for the prelude."""
         slot.start = slot.start + len(slot.tokens) if start is None else start
         slot.tokens, slot.depths = tokens, [0] * len(tokens) if depths is None else depths
-        slot.new = sum(depth == 0 for depth in slot.depths)
+        slot.new = sum(depth == 0 for depth in slot.depths) if new is None else new
         r = slot.request.num_steps
-        wave = self.mode == "wavefront" and slot.request.state is State.DECODE
-        slot.left = min(self.guess_after, r - slot.depths[0]) if wave else r
+        slot.left = r
+        if self.mode == "wavefront" and slot.request.state is State.DECODE:
+            slot.left = min(self.guess_after, r if slot.front else r - slot.depths[0])
         slot.stage = Stage.PRELUDE if slot.new else Stage.RECUR
 
     # --- passes ---
@@ -334,7 +350,12 @@ class Engine:
     def _prelude(self, slots: list[Slot]) -> None:
         at = self._cells(slots, newest=True)
         at.write(self.embedding, self.grid.embed(at))
-        at.write(self.grid.state, at.read(self.initial))
+        new = [depth == 0 for slot in slots for depth in slot.depths[len(slot.tokens) - slot.new :]]
+        s = at.read(self.initial)  # (N, 1, d)
+        if not all(new):  # by diffusion forcing a token may change and its state go on
+            s = torch.where(upload(new, s.device)[:, None, None], s, at.read(self.grid.state))
+        at.write(self.grid.state, s)
+        at.write(self.before, s)
         for slot in slots:
             slot.new, slot.stage = 0, Stage.RECUR
         self._count(Stage.PRELUDE, slots, len(at.positions))
@@ -343,16 +364,18 @@ class Engine:
     def _recur(self, slots: list[Slot]) -> None:
         at, grid = self._cells(slots), self.grid
         before = at.read(grid.state)  # (N, 1, d)
-        s = grid.recur(before, at.read(self.embedding), at, at.depths([d for slot in slots for d in slot.depths]))
+        depths = [min(d, slot.request.num_steps - 1) for slot in slots for d in slot.depths]
+        s = grid.recur(before, at.read(self.embedding), at, at.depths(depths))
         at.write(grid.state, s)
         calm = None
-        if any(slot.request.threshold is not None for slot in slots):
+        if self.mode != "wavefront" and any(slot.request.threshold is not None for slot in slots):
             calm = latent_diff(before, s)[:, 0].tolist()
         first = 0
         for slot in slots:
             slot.depths, slot.left = [d + 1 for d in slot.depths], slot.left - 1
-            decodes = slot.request.state is State.DECODE and slot.request.threshold is not None
-            if slot.left == 0 or (decodes and calm[first] < slot.request.threshold):
+            exits = self.mode != "wavefront" and slot.request.state is State.DECODE
+            exits = exits and slot.request.threshold is not None and calm[first] < slot.request.threshold
+            if slot.left == 0 or exits:
                 slot.stage = Stage.CODA
             first += len(slot.tokens)
         self._count(Stage.RECUR, slots, first)
@@ -360,19 +383,24 @@ class Engine:
     @torch.inference_mode()
     def _coda(self, slots: list[Slot]) -> None:
         at, grid = self._cells(slots), self.grid
-        logits = grid.decode(at.read(grid.state), at)  # (N, 1, V)
+        s = at.read(grid.state)  # (N, 1, d)
+        logits = grid.decode(s, at)  # (N, 1, V)
         tokens, seeds = grid.tokens[at.rows[:, 0]], grid.seed[at.rows[:, 0]]  # (N, L), (N, 1)
         guesses = torch.zeros_like(at.positions)  # (N, 1)
         owner = [slot.request.choice for slot in slots for _ in slot.tokens]
         for choice in dict.fromkeys(owner):  # usually one
             own = torch.tensor([o == choice for o in owner], device=logits.device)
             guesses[own] = choice.choose(logits[own], tokens[own], at.positions[own], seeds[own])
+        moved = None
+        if any(slot.front for slot in slots):
+            moved = latent_diff(at.read(self.before), s)[:, 0].tolist()
+            at.write(self.before, s)
         guessed, first = guesses[:, 0].tolist(), 0  # the one synchronisation of the pass
         self._count(Stage.CODA, slots, len(guessed))
         for slot in slots:
             n, request = len(slot.tokens), slot.request
-            own = guessed[first : first + n]
-            first += n
+            cells = slice(first, first + n)
+            own, first = guessed[cells], first + n
             end = slot.start + n  # prompt tokens before it have been read
             if request.state is State.PREFILL and end < len(request.prompt):
                 self._open(slot, request.prompt[end : end + self.chunk])
@@ -381,8 +409,28 @@ class Engine:
             elif self.mode != "wavefront":
                 grid.cache.copy_deeper(slot.row, slot.start, slot.depths)
                 self._commit(slot, own[0], slot.depths[0])
+            elif slot.front:
+                self._advance_front(slot, own, [x < request.threshold for x in moved[cells]])
             else:
                 self._advance(slot, own)
+
+    def _advance_front(self, slot: Slot, guessed: list[int], calm: list[bool]) -> None:
+        """An outer step of diffusion forcing is over."""
+        request, front, start, old = slot.request, slot.front, slot.start, slot.tokens
+        r = request.num_steps
+        n = front.settle(guessed, calm, min(self.guess_after, r), r)
+        self.grid.cache.copy_deeper(slot.row, start, [min(depth, r) for depth in front.depths[:n]])
+        for token, depth in zip(guessed[:n], front.depths, strict=False):
+            if not self._commit(slot, token, depth, opens=False):
+                return
+        widest = self.scheduler.widest(self.scheduler.slots, self.row_budget)
+        left = (
+            len(request.prompt) + request.max_new_tokens - 1 - start - n
+        )  # positions whose prediction can be asked for
+        front.move(n, min(widest, left), 1, self.grid.filler)
+        self.grid.tokens[slot.row, start + n : start + n + len(front.tokens)] = upload(front.tokens, self.model.device)
+        kept = [ran == token for ran, token in zip(old[n:], front.tokens, strict=False)]
+        self._open(slot, front.tokens, front.depths, start + n, new=len(front.tokens) - [*kept, False].index(False))
 
     def _advance(self, slot: Slot, guessed: list[int]) -> None:
         """An outer step of the lossless wave is over."""
@@ -416,6 +464,8 @@ class Engine:
             self._leave(slot, State.FAILED if error else State.FINISHED, error)
             return False
         self.grid.tokens[slot.row, position] = token
+        if request.state is State.PREFILL and self.mode == "wavefront" and request.threshold is not None:
+            slot.front = Front([token])
         request.state = State.DECODE
         if opens:
             self._open(slot, [token], start=position)

@@ -50,6 +50,8 @@ Notebook: 06_diffusion_forcing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -69,8 +71,58 @@ def blend(e: Tensor, previous: Tensor, momentum: Tensor) -> Tensor:
 def leading(settled: list[bool], freeze: str) -> int:
     """How many cells of a window freeze, by the prefix or the last rule."""
     if freeze == "prefix":
-        return (settled + [False]).index(False)
+        return [*settled, False].index(False)
     return max((i for i, yes in enumerate(settled, 1) if yes), default=0)
+
+
+@dataclass
+class Front:
+    """The window of one row, from left to right; what freezes is decided here, on the host."""
+
+    tokens: list[int]  # that the cells run on
+    depths: list[int] = field(default_factory=lambda: [0])  # steps they have run
+    ages: list[int] = field(default_factory=lambda: [0])  # how many of them on that token
+    stands: list[tuple[int, int]] = field(default_factory=lambda: [(-1, 0)])  # (prediction, outer steps it has stood)
+
+    def settle(
+        self,
+        guessed: list[int],
+        calm: list[bool],
+        inner: int,
+        r: int,
+        schedule: str = "adaptive",
+        freeze: str = "prefix",
+    ) -> int:
+        """Count an outer step of `inner` steps, and say how many cells, the leftmost, it has frozen.
+
+        guessed: what each cell now predicts; calm: whether it moved by less than the threshold; r: the cap.
+        """
+        # did the position keep its token in this step?
+        same = [True, *(guess == token for guess, token in zip(guessed, self.tokens[1:], strict=False))]
+        self.depths = [depth + inner for depth in self.depths]
+        ages = [age + inner for age in self.ages]
+        self.stands = [(g, n + 1 if g == old else 1) for g, (old, n) in zip(guessed, self.stands, strict=True)]
+        self.ages = [age if kept else 0 for age, kept in zip(ages, same, strict=True)]
+        self.tokens = [self.tokens[0], *guessed]  # with the one of the position that comes next
+        if schedule == "fixed":
+            settled = [depth >= r for depth in self.depths]
+        else:
+            if schedule == "acceleration":  # a first change has none before it to be compared with
+                calm = [c and depth > inner for c, depth in zip(calm, self.depths, strict=True)]
+            elif schedule == "token-stability":
+                calm = [n >= r // inner for _, n in self.stands]
+            settled = [c or age >= r for c, age in zip(calm, ages, strict=True)]
+            if freeze == "prefix":
+                settled = [yes and kept for yes, kept in zip(settled, same, strict=True)]
+        return leading(settled, freeze)
+
+    def move(self, n: int, widest: int, headway: int, filler: int) -> int:
+        """n cells leave on the left, up to `headway` new ones open on the right; returns the width, 1 at least."""
+        width = max(1, min(len(self.depths) - n + headway, widest))
+        self.tokens = (self.tokens + [filler] * headway)[n : n + width]
+        self.depths, self.ages = ((cells + [0] * headway)[n : n + width] for cells in (self.depths, self.ages))
+        self.stands = (self.stands + [(-1, 0)] * headway)[n : n + width]
+        return width
 
 
 @torch.inference_mode()
@@ -114,18 +166,15 @@ def generate(
     change = torch.zeros_like(grid.state)  # (B, L, d): of the state, in the last outer step
     grid.prefill()  # at full depth, as in autoregressive decoding
     last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
-    # the cells of each row's window: the token they run on, the steps they ran, and how many of them on that token
-    rows = range(len(grid.lengths))
-    tokens = [[g.tokens[0]] for g in grid.generations]
-    depths, ages = [[0] for _ in rows], [[0] for _ in rows]
-    stands = [[(-1, 0)] for _ in rows]  # what each cell predicts, and for how many outer steps it has
+    fronts = [Front(g.tokens[:1]) for g in grid.generations]
     if continuous_compute:
         for row, start in enumerate(grid.lengths):
             grid.state[row, start] = grid.state[row, start - 1]
     outer_step = 0
     while not all(grid.finished):
         outer_step += 1
-        starts, widths = [grid.next_position(row) for row in rows], [len(cells) for cells in depths]
+        starts, depths = [grid.next_position(row) for row in range(len(fronts))], [front.depths for front in fronts]
+        widths = [len(cells) for cells in depths]
         at = grid.window(starts, max(widths))
         depth = grid.depths(depths)
         before = at.read(grid.state)  # (B, W, d)
@@ -157,38 +206,16 @@ def generate(
         for row, (guessed, calm) in enumerate(torch.stack([guesses, moved < threshold], dim=1).tolist()):
             if grid.finished[row]:
                 continue
-            width = widths[row]
-            guessed, ran = guessed[:width], [d + inner for d in depths[row]]
-            # did the position keep its token in this step?
-            same = [True] + [g == token for g, token in zip(guessed[:-1], tokens[row][1:], strict=True)]
-            since = [age + inner for age in ages[row]]
-            stood = [(g, n + 1 if g == old else 1) for g, (old, n) in zip(guessed, stands[row], strict=True)]
-            if schedule == "fixed":
-                settled = [d >= r for d in ran]
-            else:
-                calm = [bool(c) for c in calm[:width]]
-                if schedule == "acceleration":  # a first change has none before it to be compared with
-                    calm = [c and d > inner for c, d in zip(calm, ran, strict=True)]
-                elif schedule == "token-stability":
-                    calm = [n >= r // inner for _, n in stood]
-                settled = [c or age >= r for c, age in zip(calm, since, strict=True)]
-                if freeze == "prefix":
-                    settled = [yes and kept for yes, kept in zip(settled, same, strict=True)]
-            n = leading(settled, freeze)
-            for token, d in zip(guessed[:n], ran[:n], strict=True):
+            front, guessed = fronts[row], guessed[: widths[row]]
+            n = front.settle(guessed, [bool(c) for c in calm[: widths[row]]], inner, r, schedule, freeze)
+            for token, d in zip(guessed[:n], front.depths, strict=False):
                 if not grid.finished[row]:
                     grid.commit(row, token, d)
-            grid.cache.copy_deeper(row, starts[row], ran[:n])
-            grid.record(row, starts[row], ran, guessed)
-            # the next window: without what froze, and with headway new positions on the right
-            width = max(1, min(width - n + headway, max_wavefront, last[row] - grid.next_position(row) + 1))
-            since = [age if kept else 0 for age, kept in zip(since, same, strict=True)]
-            tokens[row] = (tokens[row][:1] + guessed + [grid.filler] * headway)[n : n + width]
-            depths[row] = (ran + [0] * headway)[n : n + width]
-            ages[row] = (since + [0] * headway)[n : n + width]
-            stands[row] = (stood + [(-1, 0)] * headway)[n : n + width]
+            grid.cache.copy_deeper(row, starts[row], front.depths[:n])
+            grid.record(row, starts[row], front.depths, guessed)
+            width = front.move(n, min(max_wavefront, last[row] - grid.next_position(row) + 1), headway, grid.filler)
             if continuous_compute:
-                end = starts[row] + len(ran)
+                end = starts[row] + widths[row]
                 grid.state[row, end : starts[row] + n + width] = grid.state[row, end - 1]
     return grid.results()
 

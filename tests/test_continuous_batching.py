@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, lossless_wavefront, tasks
+from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront, tasks
 from minirec.continuous_batching import MODES, Engine, Stage, State
 
 MODE = pytest.mark.parametrize("mode", MODES)
@@ -46,14 +46,19 @@ ENGINES = st.fixed_dictionaries(
 )
 
 
-def alone(model, request: dict, seed: int, init_scale: float = 1.0, mode: str = "depth"):
+def alone(model, request: dict, seed: int, mode: str = "depth", **engine):
     """What a request gives without an engine."""
-    sampler, rule = autoregressive, {}
+    sampler, rule = autoregressive, {"init_scale": engine.get("init_scale", 1.0)}
     if request["threshold"] is not None and mode != "wavefront":
-        sampler, rule = adaptive_exit, {"threshold": request["threshold"]}
+        sampler, rule = adaptive_exit, rule | {"threshold": request["threshold"]}
+    elif request["threshold"] is not None:
+        inner = min(engine.get("guess_after", 1), request["num_steps"] or model.config.mean_recurrence)
+        widest = max(1, engine.get("row_budget", 64) // engine.get("slots", 8))
+        waves = {"exit_threshold": request["threshold"], "inner_steps": inner, "max_wavefront": widest}
+        sampler, rule = diffusion_forcing, rule | waves | {"momentum": 0.0, "kv": "full"}
     return sampler.generate(
         model, request["prompt"], request["max_new_tokens"], num_steps=request["num_steps"], seed=seed,
-        stop_tokens=request["stop"], init_scale=init_scale, **rule, **request["choice"],
+        stop_tokens=request["stop"], **rule, **request["choice"],
     )  # fmt: skip
 
 
@@ -63,10 +68,9 @@ def serve(model, mode: str, requests: list[dict], **options) -> tuple[Engine, di
     for now in itertools.count():
         for number, request in enumerate(requests):
             if request["arrives"] == now:
-                threshold = None if mode == "wavefront" else request["threshold"]
                 id = engine.submit(
                     request["prompt"], request["max_new_tokens"], num_steps=request["num_steps"],
-                    threshold=threshold, seed=number, stop_tokens=request["stop"], **request["choice"],
+                    threshold=request["threshold"], seed=number, stop_tokens=request["stop"], **request["choice"],
                 )  # fmt: skip
                 ids[id] = number
             if request["cancelled"] is not None and now == request["arrives"] + request["cancelled"]:
@@ -77,12 +81,13 @@ def serve(model, mode: str, requests: list[dict], **options) -> tuple[Engine, di
             return engine, ids, events
 
 
-def check_served(model, mode, requests, engine, ids, events, init_scale=1.0) -> None:
+def check_serves(model, mode, requests, **options) -> None:
+    engine, ids, events = serve(model, mode, requests, **options)
     assert not engine.busy and not engine.scheduler.waiting
     assert sorted(engine.free) == list(range(len(engine.free))), "every slot has come back"
     assert sorted(ids.values()) == list(range(len(requests)))
     for id, number in ids.items():
-        request, right = engine.requests[id], alone(model, requests[number], number, init_scale, mode)
+        request, right = engine.requests[id], alone(model, requests[number], number, mode, **options)
         assert request.state in (State.FINISHED, State.CANCELLED)
         if requests[number]["cancelled"] is None:
             assert request.state is State.FINISHED
@@ -98,8 +103,7 @@ def check_served(model, mode, requests, engine, ids, events, init_scale=1.0) -> 
 @given(st.integers(0, 3), REQUESTS, ENGINES)
 @settings(max_examples=13)
 def test_every_request_gets_what_it_gets_alone(small_model, mode, seed, requests, options):
-    model = small_model(seed)
-    check_served(model, mode, requests, *serve(model, mode, requests, **options), options["init_scale"])
+    check_serves(small_model(seed), mode, requests, **options)
 
 
 @pytest.mark.slow
@@ -107,8 +111,21 @@ def test_every_request_gets_what_it_gets_alone(small_model, mode, seed, requests
 @given(st.integers(0, 3), REQUESTS, ENGINES)
 @settings(max_examples=125)
 def test_every_request_gets_what_it_gets_alone_500_times(small_model, mode, seed, requests, options):
-    model = small_model(seed)
-    check_served(model, mode, requests, *serve(model, mode, requests, **options), options["init_scale"])
+    check_serves(small_model(seed), mode, requests, **options)
+
+
+@pytest.mark.parametrize("num_steps", [None, 5, 3])
+@pytest.mark.parametrize("guess_after", [1, 2])
+@pytest.mark.parametrize("row_budget", [6, 64])
+def test_a_wave_with_a_threshold_is_diffusion_forcing(small_model, guess_after, row_budget, num_steps):
+    """Guesses that change while a position is deep, windows of many widths, requests that are cancelled."""
+    for seed in range(3):
+        model = small_model(seed, mean_recurrence=6)
+        requests = [
+            r | {"threshold": (0.02, 0.2, 0.6)[i % 3], "num_steps": num_steps, "cancelled": 40 if i == 4 else None}
+            for i, r in enumerate(plain(8, new=12))
+        ]
+        check_serves(model, "wavefront", requests, slots=3, guess_after=guess_after, row_budget=row_budget)
 
 
 @MODE
@@ -325,8 +342,3 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(small_model, wrong, nam
     with pytest.raises(ValueError, match=named):
         engine.submit(**{"prompt": [1, 2], "max_new_tokens": 3} | wrong)
     assert len(engine.run()[good].tokens) == 3 and len(engine.requests) == 1
-
-
-def test_a_threshold_is_refused_where_the_wave_is_lossless(small_model):
-    with pytest.raises(ValueError, match="mode 'wavefront' is lossless"):
-        Engine(small_model(0), max_length=24, mode="wavefront").submit([1], 3, threshold=0.1)
