@@ -1,4 +1,4 @@
-"""The command line: `minirec demo`, `generate`, `train` and `info`.
+"""The command line: `minirec demo`, `generate`, `chat`, `train`, `make-checkpoint` and `info`.
 
 Everything here is a thin face over the package: it parses, calls and prints.  Bad input is one line on stderr and
 exit code 2; Ctrl-C is exit code 130; anything else that goes wrong is a bug and shows its traceback.
@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -32,10 +33,22 @@ from minirec import (
     tasks,
     training,
 )
+from minirec.checkpoint import readable
 from minirec.config import PRESETS, RecurrentConfig
+from minirec.decoding import stop_tokens
 from minirec.kv_cache import bytes_per_token
 from minirec.recurrent_block import RecurrentDepthLM
-from minirec.tokenizer import BEGIN, END, PAD, task_tokenizer
+from minirec.tokenizer import (
+    BEGIN,
+    END,
+    HUGINN_TEMPLATE,
+    PAD,
+    ChatTemplate,
+    huginn_special_ids,
+    read_tokenizer,
+    stand_in_tokenizer,
+    task_tokenizer,
+)
 
 SAMPLERS = {
     "autoregressive": autoregressive.generate,
@@ -69,19 +82,23 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe left, as in `minirec info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
-        if not _is_about_input(error):
+    except Exception as error:
+        if (message := _about_input(error)) is None:
             raise
-        message = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
         print("minirec: error:", " ".join(message.split()), file=sys.stderr)
         return 2
 
 
-def _is_about_input(error: Exception) -> bool:
-    """What the system refuses, and what minirec itself refuses by `raise ValueError`; another one is a bug."""
+def _about_input(error: Exception) -> str | None:
+    """What to say of an error that is no bug: what the system refuses, what minirec itself raises, no memory left."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).parent == Path(__file__).parent and last.line.startswith("raise")
-    return ours or isinstance(error, OSError)
+    if checkpoint.is_out_of_memory(error):  # PyTorch's numbers, and what minirec can do about them
+        numbers = ". ".join(str(error).split(". ")[:3])
+        return f"{numbers}; try --kv shared, fewer tokens, --dtype bfloat16 or another --device"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, OSError) or (ours and isinstance(error, (ValueError, MemoryError))) else None
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -92,7 +109,7 @@ def demo(args: argparse.Namespace) -> None:
         raise ValueError(f"--out is {str(args.out)!r}; the picture is written as .png")
     _check_writable(args.out.parent, args.out)
     folder = checkpoint.locate(args.model)
-    tokenizer = _tokenizer_of(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.get_vocab() != task_tokenizer().get_vocab():
         raise ValueError(f"{folder} has another vocabulary than the word problems of the demo")
     model = checkpoint.load(folder)
@@ -163,15 +180,11 @@ def _print_comparison(problems: list[tasks.Problem], runs: dict) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Text in, text out as its tokens freeze."""
-    for sampler, names in OWN.items():
-        for name in _given(args, *names) if sampler != args.sampler else ():
-            raise ValueError(f"--{name.replace('_', '-')} is an option of --sampler {sampler}")
-    folder = checkpoint.locate(args.model)
-    config, tokenizer = checkpoint.read_config(folder), _tokenizer_of(folder)
+    options = _sampler_options(args)
+    folder = checkpoint.locate(args.model, **_given(args, "revision"), weights=False)
+    config, tokenizer = checkpoint.read_config(folder), read_tokenizer(folder)
     prompt = _encode(tokenizer, sys.stdin.read() if args.prompt == "-" else args.prompt, config.bos_token_id)
-    model = checkpoint.load(folder, device=args.device, dtype=getattr(torch, args.dtype) if "dtype" in args else None)
-    names = ("num_steps", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kv", "kv_slots")
-    options = _given(args, *names, *OWN.get(args.sampler, ()))
+    model = _load(args)
     text = Stream(tokenizer, at_once=not args.stream)
     started = time.perf_counter()
     generation = SAMPLERS[args.sampler](model, prompt, args.max_new_tokens, on_token=text.add, **options)
@@ -184,6 +197,60 @@ def generate(args: argparse.Namespace) -> None:
             f"token: mean {statistics.mean(generation.depth):.1f}, {min(generation.depth)} to {max(generation.depth)}",
             file=sys.stderr,
         )
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation: a line in, an answer out as its tokens freeze, and again."""
+    options = _sampler_options(args)
+    folder = checkpoint.locate(args.model, **_given(args, "revision"), weights=False)
+    config, tokenizer = checkpoint.read_config(folder), read_tokenizer(folder)
+    template = ChatTemplate(folder, tokenizer)
+    model = _load(args)
+    stop = stop_tokens(model) | ({template.end} - {None})
+    by_hand = sys.stdin.isatty()
+    if by_hand:
+        print("/new starts another conversation, /quit ends; Ctrl-C ends an answer")
+    beginning = [{"role": "system", "content": args.system}] if "system" in args else []
+    messages = list(beginning)
+    while True:
+        try:
+            line = input("> " if by_hand else "").strip()
+        except EOFError:
+            break
+        if line == "/quit":
+            break
+        if line == "/new":
+            messages = list(beginning)
+        if not line or line == "/new":
+            continue
+        prompt = template.encode([*messages, {"role": "user", "content": line}])
+        room = min(args.max_new_tokens, config.block_size - len(prompt))
+        if room < 1:
+            full = f"{len(prompt)} tokens of conversation leave no room in the context of {config.block_size}"
+            print(f"minirec: {full}; /new starts another one", file=sys.stderr)
+            continue
+        text = Stream(tokenizer)
+        try:
+            SAMPLERS[args.sampler](model, prompt, room, on_token=text.add, stop_tokens=stop, **options)
+        except KeyboardInterrupt:
+            pass  # what was said until then counts
+        text.end()
+        answer = {"role": template.speaker, "content": tokenizer.decode(text.tokens)}
+        messages += [{"role": "user", "content": line}, answer]
+
+
+def _sampler_options(args: argparse.Namespace) -> dict:
+    """What generate and chat hand on to the sampler."""
+    for sampler, names in OWN.items():
+        for name in _given(args, *names) if sampler != args.sampler else ():
+            raise ValueError(f"--{name.replace('_', '-')} is an option of --sampler {sampler}")
+    names = ("num_steps", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "kv", "kv_slots")
+    return _given(args, *names, *OWN.get(args.sampler, ()))
+
+
+def _load(args: argparse.Namespace) -> RecurrentDepthLM:
+    dtype = getattr(torch, args.dtype) if "dtype" in args else None
+    return checkpoint.load(args.model, device=args.device, dtype=dtype, **_given(args, "revision"))
 
 
 class Stream:
@@ -238,15 +305,49 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
+def make_checkpoint(args: argparse.Namespace) -> None:
+    """Random weights in the layout of the published checkpoint, with a tokenizer that makes text of any token."""
+    config = RecurrentConfig.preset(args.preset)
+    if args.preset == "tiny":  # has fewer tokens than there are bytes
+        tokenizer, stop = task_tokenizer(), [END]
+    else:
+        ids = huginn_special_ids(config.vocab_size)
+        bos, eos, pad = (ids[name] for name in ("begin_text", "end_text", "pad"))
+        config = dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+        tokenizer, stop = stand_in_tokenizer(config.vocab_size), [eos, bos, ids["end_turn"]]
+    checkpoint.make_random(
+        config,
+        args.path,
+        shards=args.shards,
+        dtype=getattr(torch, args.dtype),
+        seed=args.seed,
+        generation_config={"eos_token_id": stop},
+    )
+    checkpoint.write_whole(args.path / "tokenizer.json", tokenizer.save)
+    if args.preset != "tiny":
+        special = {f"{name}_token": tokenizer.id_to_token(i) for name, i in [("bos", bos), ("eos", eos), ("pad", pad)]}
+        values = special | {"chat_template": HUGINN_TEMPLATE, "model_max_length": config.block_size}
+        checkpoint.write_json(args.path / "tokenizer_config.json", values)
+    size = sum(path.stat().st_size for path in args.path.glob("*.safetensors"))
+    print(f"{args.path}: {readable(size)} of random weights   (minirec info {args.path})")
+
+
 def info(args: argparse.Namespace) -> None:
-    """What a model is, from its config alone."""
+    """What a model is, and what of it fits in memory: from its config, and from the headers of files that are there."""
+    note, files = "", {}
     if "preset" in args:
         name, config = args.preset, RecurrentConfig.preset(args.preset)
     else:
-        name, config = args.model, checkpoint.read_config(checkpoint.locate(args.model))
+        folder = checkpoint.locate(args.model, **_given(args, "revision"), weights=False)
+        name, config = args.model, checkpoint.read_config(folder)
+        note = checkpoint.read_json(folder / "config.json").get("weights", "")
+        if any(folder.glob("*.safetensors")):
+            stored = checkpoint.read_headers(folder, config).values()
+            files = {tensor.file: tensor.file.stat().st_size for tensor in stored}
+            formats = "/".join(sorted({str(checkpoint.NUMBER_FORMATS[t.dtype])[len("torch.") :] for t in stored}))
     with torch.device("meta"):  # shapes without memory
         parameters = _parameters(RecurrentDepthLM(config))
-    r, formats = config.mean_recurrence, (torch.float32, torch.bfloat16)
+    r, dtypes = config.mean_recurrence, (torch.float32, torch.bfloat16)
     layers = config.n_layers_in_prelude, config.n_layers_in_recurrent_block, config.n_layers_in_coda
     print(f"""{name}
   layers           prelude {layers[0]}, recurrent block {layers[1]}, coda {layers[2]}
@@ -254,30 +355,45 @@ def info(args: argparse.Namespace) -> None:
   vocabulary       {config.vocab_size} tokens ({config.padded_vocab_size} rows)
   context          {config.block_size} tokens
   default depth    {r} recurrence steps: {config.effective_depth} layers deep
-  parameters       {parameters:,}
-
+  parameters       {parameters:,}""")
+    if files:
+        print(f"  on disk          {readable(sum(files.values()))} in {len(files)} file(s), {formats}")
+    if note:
+        print(f"  weights          {note}")
+    print(f"""
   {"":<34}{"float32":>12}{"bfloat16":>12}""")
-    rows = {"weights": [parameters * dtype.itemsize for dtype in formats]}
-    for kv, slots in [("full", r), *(("shared", m) for m in (1, 4) if m <= r)]:
-        sizes = [bytes_per_token(config, r, kv, slots, dtype) for dtype in formats]
-        rows[f"KV of a token, {kv}, {slots} slot(s)"] = sizes
-    for what, sizes in rows.items():
-        print(f"  {what:<34}" + "".join(f"{_size(size):>12}" for size in sizes))
+    weights = [parameters * dtype.itemsize for dtype in dtypes]
+    policies = [("full", r), *(("shared", 2**i) for i in range(r.bit_length()) if 2**i < min(r, 32))]
+    tokens = {
+        f"KV of a token, {kv}, {slots} slot(s)": [bytes_per_token(config, r, kv, slots, dtype) for dtype in dtypes]
+        for kv, slots in policies
+    }
+    for what, sizes in {"weights": weights, **tokens}.items():
+        print(f"  {what:<34}" + "".join(f"{readable(size):>12}" for size in sizes))
+    for what, memory in _memories(args).items():
+        print(
+            f"\n  tokens that fit in {what} with the weights (a pass needs some memory too), and slots of the context"
+        )
+        for policy, sizes in tokens.items():
+            fits = [max(0, memory - w) // size for w, size in zip(weights, sizes, strict=True)]
+            cells = (f"{n:,} = {n // config.block_size:,} slots" for n in fits)
+            print(f"  {policy:<34}" + "".join(f"{cell:>28}" for cell in cells))
+
+
+def _memories(args: argparse.Namespace) -> dict[str, int]:
+    """Bytes of the memories that `info` was asked about: what it is called -> bytes."""
+    found = {readable(args.memory): args.memory} if "memory" in args else {}
+    if "device" in args:
+        free = checkpoint.free_memory(args.device)
+        if free is None:
+            raise ValueError(f"what is free on {str(args.device)!r} cannot be seen; say it with --memory")
+        found[f"the {readable(free)} free on {args.device}"] = free
+    return found
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict:
     """Those of the options that were given; what is left out keeps the library's default."""
     return {name: getattr(args, name) for name in names if name in args}
-
-
-def _tokenizer_of(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json, without which there is no text")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
 
 def _encode(tokenizer: Tokenizer, text: str, begin: int | None) -> list[int]:
@@ -308,14 +424,6 @@ def _parameters(model: RecurrentDepthLM) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
-
-
 def cpu_name() -> str:
     """What the machine calls its processor."""
     try:
@@ -342,6 +450,15 @@ def _whole(low: int, high: int = 2**32 - 1):
     return whole_number
 
 
+def _memory(text: str) -> int:
+    units = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    units |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", text)
+    if not match or match[2] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 24GB or 22.5GiB")
+    return int(float(match[1]) * units[match[2]])
+
+
 def _number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
@@ -357,6 +474,8 @@ class _Parser(argparse.ArgumentParser):
 
 ABSENT = argparse.SUPPRESS  # not in the namespace unless given: the library's default, which the help states
 MODEL = ("--model", str, "tiny", "'tiny' (shipped), a folder, or the id of a Hugging Face repository")
+REVISION = ("--revision", str, ABSENT, "branch, tag or commit of a Hugging Face repository (default: main)")
+DTYPES = ["float32", "bfloat16", "float16"]
 THREADS = ("--threads", _whole(1), ABSENT, "CPU threads (default: PyTorch's choice)")
 DEVICE = ("--device", _device, "cpu", "cpu, cuda, cuda:1, mps, ...")
 DEPTH = [
@@ -391,7 +510,7 @@ GENERATE = [
     ("--seed", _whole(0), 0, "of the initial states and of sampling"),
     ("--kv", ["full", "shared"], ABSENT, "keep the KV of every recurrence step, or share (default: the sampler's)"),
     ("--kv-slots", int, 1, "slots of --kv shared"),
-    ("--dtype", ["float32", "bfloat16", "float16"], ABSENT, "of the weights (default: the checkpoint's)"),
+    ("--dtype", DTYPES, ABSENT, "of the weights (default: the checkpoint's)"),
 ]
 TRAIN = {
     "steps": "optimiser steps",
@@ -427,7 +546,9 @@ def parser() -> argparse.ArgumentParser:
 
     def command(run, what: str, example: str, options: list) -> argparse.ArgumentParser:
         shape = dict(formatter_class=_Help, allow_abbrev=False, epilog=f"example:\n  minirec {example}")
-        p = commands.add_parser(run.__name__, help=what, description=what[0].upper() + what[1:] + ".", **shape)
+        p = commands.add_parser(
+            run.__name__.replace("_", "-"), help=what, description=what[0].upper() + what[1:] + ".", **shape
+        )
         p.set_defaults(run=run)
         for name, kind, default, text in options:
             kind = {"choices": kind} if isinstance(kind, list) else {"type": kind}
@@ -441,11 +562,18 @@ def parser() -> argparse.ArgumentParser:
     p = command(
         generate, "continue a prompt; the text appears as its tokens freeze",
         "generate --stats 'Mia has 12 pears. First Mia buys 5 more pears. How many pears does Mia have?'",
-        [MODEL, *GENERATE, *DEPTH, DEVICE, THREADS],
+        [MODEL, REVISION, *GENERATE, *DEPTH, DEVICE, THREADS],
     )  # fmt: skip
     p.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     p.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print while tokens freeze")
     p.add_argument("--stats", action="store_true", help="at the end print tokens, passes and depth on stderr")
+    p = command(
+        chat, "talk with a model that has a chat template; the answers appear as their tokens freeze",
+        "chat --model tomg-group-umd/huginn-0125 --dtype bfloat16",
+        [REVISION, *GENERATE, *DEPTH, DEVICE, THREADS],
+    )  # fmt: skip
+    p.add_argument("--model", required=True, default=ABSENT, help="a folder, or the id of a Hugging Face repository")
+    p.add_argument("--system", default=ABSENT, metavar="TEXT", help="what the model is told first (default: nothing)")
     p = command(
         train, "train a model on the tasks; the same command resumes a run that was stopped",
         "train --out runs/mine --steps 2000 --threads 2", [DEVICE, THREADS],
@@ -461,7 +589,26 @@ def parser() -> argparse.ArgumentParser:
         kind = {"type": _whole(0)} if f.name == "seed" else kind
         kind = {"action": argparse.BooleanOptionalAction} if f.name == "staged" else kind
         p.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=TRAIN[f.name], **kind)
-    p = command(info, "say what a model is, from its config alone", "info --preset huginn_3_5b", [])
+    p = command(
+        make_checkpoint, "write random weights in the layout of the published checkpoint, for tests and timing",
+        "make-checkpoint --preset huginn_3_5b --shards 4 runs/random",
+        [
+            ("--shards", int, 1, "files to cut the weights into"),
+            ("--dtype", DTYPES, "float32", "number format of the weights"),
+            ("--seed", _whole(0), 0, "of the weights"),
+        ],
+    )  # fmt: skip
+    p.add_argument("--preset", choices=PRESETS, required=True, default=ABSENT, help="shape of the model")
+    p.add_argument("path", type=Path, metavar="PATH", help="a folder that is new or empty")
+    p = command(
+        info, "say what a model is and what fits in memory, without reading its weights",
+        "info --preset huginn_3_5b --memory 24GB",
+        [
+            REVISION,
+            ("--device", _device, ABSENT, "what fits in its free memory (default: is not looked at)"),
+            ("--memory", _memory, ABSENT, "what fits in so much, as in 24GB or 22.5GiB (default: is not looked at)"),
+        ],
+    )  # fmt: skip
     which = p.add_mutually_exclusive_group()
     which.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=MODEL[-1])
     which.add_argument("--preset", choices=PRESETS, default=ABSENT, help="a shape without a checkpoint")

@@ -5,8 +5,12 @@ import copy
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -258,6 +262,15 @@ def test_a_config_of_something_else(saved, changes, words):
     assert_refused(saved, str(saved / "config.json"), words)
 
 
+def test_another_architecture_is_described(saved, shards):
+    """What was found, by its tensors too, and what is supported."""
+    for folder in (saved, shards):
+        edit_json(folder / "config.json", model_type="llama")
+        assert_refused(folder, "'llama'", "transformer.adapter.weight", "'huginn_raven'", "Huginn-0125")
+    (saved / checkpoint.WEIGHTS).write_bytes(b"broken")
+    assert_refused(saved, "model_type is 'llama'; minirec loads")
+
+
 def test_a_config_that_does_not_say_what_it_is_of(saved):
     values = json.loads((saved / "config.json").read_text())
     del values["model_type"]
@@ -270,11 +283,26 @@ def test_no_weights(saved):
     assert_refused(saved, str(saved), checkpoint.WEIGHTS, checkpoint.INDEX, error=FileNotFoundError)
 
 
+def test_everything_is_checked_before_a_weight_is_read(shards, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_put", lambda *args: pytest.fail("a weight was read"))
+    last = sorted(shards.glob("model-*.safetensors"))[-1]
+    tensors = load_file(last)
+    name = sorted(tensors)[-1]
+    save_file(tensors | {name: torch.zeros(3, 4, 5)}, last)
+    assert_refused(shards, str(last), name, "(3, 4, 5)")
+
+
 class Poison:
     """Unpickling it is the end of the test."""
 
     def __reduce__(self):
         return pytest.fail, ("a pickle was opened",)
+
+
+def test_a_pickle_beside_the_weights_is_not_opened(model, saved):
+    for name in ["pytorch_model.bin", "training_args.bin", "optimizer.pt"]:
+        (saved / name).write_bytes(pickle.dumps(Poison()))
+    assert_equal(model, checkpoint.load(saved))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth"])
@@ -341,7 +369,7 @@ def test_a_tensor_of_another_shape(saved):
 
 def test_a_tensor_of_whole_numbers(saved):
     edit_tensors(saved, **{NORM: torch.zeros(16, dtype=torch.int8)})
-    assert_refused(saved, str(saved / checkpoint.WEIGHTS), NORM, "int8")
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), NORM, "I8", "F32, F16, BF16")
 
 
 def test_a_missing_shard(shards):
@@ -394,3 +422,249 @@ def test_an_index_that_points_out_of_the_folder(shards, where):
     changed = {tensor: where if f == file else f for tensor, f in listed.items()}
     edit_json(shards / checkpoint.INDEX, weight_map=changed)
     assert_refused(shards, checkpoint.INDEX, repr(where))
+
+
+# ---- memory
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers(saved, monkeypatch):
+    size = sum(t.nbytes for t in load_file(saved / checkpoint.WEIGHTS).values())
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: size - 1)
+    monkeypatch.setattr(checkpoint, "_put", lambda *args: pytest.fail("a weight was read"))
+    numbers = [checkpoint.readable(n) for n in (size, size - 1, size / 2)]
+    assert_refused(saved, str(saved), "float32", "cpu has", "bfloat16", "another device", *numbers, error=MemoryError)
+
+
+def test_weights_that_just_fit_are_loaded(model, saved, monkeypatch):
+    size = sum(t.nbytes for t in load_file(saved / checkpoint.WEIGHTS).values())
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: size)
+    assert_equal(model, checkpoint.load(saved))
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: size // 2)
+    assert checkpoint.load(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: None)  # not known: then it is tried
+    assert_equal(model, checkpoint.load(saved))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ..."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"),
+    ],
+)
+def test_running_out_of_memory_is_the_same_error(saved, monkeypatch, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_put", full)
+    assert_refused(saved, str(saved), "the weights need", "bfloat16", "another device", error=MemoryError)
+
+
+def test_another_error_of_pytorch_is_not_about_memory(saved, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(checkpoint, "_put", broken)
+    assert_refused(saved, "shapes differ", error=RuntimeError)
+
+
+def test_free_memory_of_the_cpu():
+    free = checkpoint.free_memory("cpu")
+    assert free is None or 0 < free < 2**60
+    assert (free is not None) == Path("/proc/meminfo").exists()
+
+
+PEAK = """
+import sys, torch
+from minirec import checkpoint
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+checkpoint.load("tiny")  # so that every library is there
+before = kilobytes("VmRSS")
+model = checkpoint.load(sys.argv[1], dtype=torch.bfloat16)
+print(kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory a process had")
+def test_loading_needs_the_model_and_one_shard(tmp_path):
+    """float32 shards loaded as bfloat16; whoever keeps the float32 weights needs three times the model."""
+    shape = dict(n_embd=512, n_heads=8, intermediate_size=1408, vocab_size=4096, block_size=64)
+    with torch.device("meta"):
+        model = RecurrentDepthLM(RecurrentConfig(**shape))
+    model.to_empty(device="cpu")
+    model.save_pretrained(tmp_path, max_shard_size="12MB")
+    weights = sum(p.numel() for p in model.parameters()) * 2 / 1024  # in KiB, as bfloat16
+    shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / 1024
+    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    assert weights * 0.9 < int(run.stdout) < weights + 2 * shard + 8192 < 2 * weights
+
+
+# ---- from the hub
+
+
+@pytest.fixture
+def hub(saved, monkeypatch):
+    """A hub that holds one repository, and the questions that it was asked."""
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+def test_a_hub_repository_is_downloaded_without_pickles_and_code(model, hub):
+    assert_equal(model, checkpoint.load("someone/model", revision="abc"))
+    assert {name for name, _ in hub} == {"someone/model"} and {o["revision"] for _, o in hub} == {"abc"}
+    assert hub[-1][1]["allow_patterns"] == ["*.json", "*.jinja", "*.safetensors"]
+
+
+def test_weights_of_something_else_are_not_downloaded(saved, hub):
+    edit_json(saved / "config.json", model_type="llama")
+    assert_refused("someone/model", "'llama'")
+    assert not any("*.safetensors" in options["allow_patterns"] for _, options in hub)
+
+
+@pytest.fixture
+def kept(saved, tmp_path, monkeypatch):
+    """What huggingface_hub has kept of a repository, on a machine that is offline."""
+    place = tmp_path / "hub" / "models--someone--model"
+    (place / "refs").mkdir(parents=True)
+    for branch, commit in [("main", "a" * 40), ("old", "b" * 40)]:
+        (place / "refs" / branch).write_text(commit)
+        shutil.copytree(saved, place / "snapshots" / commit)
+    edit_json(place / "snapshots" / commit / "config.json", mean_recurrence=9)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_offline_what_was_kept_is_loaded(model, kept):
+    assert_equal(model, checkpoint.load("someone/model"))
+    assert checkpoint.load("someone/model", revision="old").config.mean_recurrence == 9
+    assert checkpoint.load("someone/model", revision="b" * 40).config.mean_recurrence == 9
+
+
+def test_offline_what_was_not_kept_is_one_clear_error(kept):
+    assert_refused("someone/else", "'someone/else'", "HF_HUB_OFFLINE", error=FileNotFoundError)
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE"):
+        checkpoint.load("someone/model", revision="other")
+
+
+# ---- made checkpoints
+
+
+@pytest.fixture
+def shape(golden_folder):
+    return checkpoint.read_config(golden_folder / "model")
+
+
+def tensors_of(folder: Path) -> dict:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def test_a_made_checkpoint_has_the_published_layout(shape, golden_folder, tmp_path):
+    checkpoint.make_random(shape, tmp_path / "made", shards=3)
+    official, made = tensors_of(golden_folder / "model"), tensors_of(tmp_path / "made")
+    assert made.keys() == official.keys() | {"lm_head.weight"}  # which the published one has twice
+    assert all(made[name].shape == t.shape and made[name].dtype == t.dtype for name, t in official.items())
+    assert torch.equal(made["lm_head.weight"], made["transformer.wte.weight"])
+    torch.testing.assert_close(made["freqs_cis"], official["freqs_cis"], rtol=0, atol=1e-5)
+    index = json.loads((tmp_path / "made" / checkpoint.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in made.values())
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["config.json", *names, checkpoint.INDEX]
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config.pop("weights").startswith("random") and config == checkpoint.official_config(shape, torch.float32)
+    assert checkpoint.load(tmp_path / "made").config == shape
+
+
+def test_the_large_shape_takes_what_the_published_one_does(tmp_path, monkeypatch):
+    """15.65 GB in float32: 3,564,976,800 parameters, the head again, the rotations of 4,096 positions."""
+    size = 4 * (3_564_976_800 + 346_030_080 + 4096 * 96)
+    assert round(size / 1e9, 2) == 15.65
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(OSError, match=f"would take {checkpoint.readable(size)}, and .* has .* free"):
+        checkpoint.make_random(RecurrentConfig.preset("huginn_3_5b"), tmp_path / "deep" / "made")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_made_weights_are_those_of_a_fresh_model(shape, tmp_path):
+    checkpoint.make_random(shape, tmp_path / "made")
+    fresh = dict(RecurrentDepthLM(shape).named_parameters())
+    for name, made in checkpoint.load(tmp_path / "made").named_parameters():
+        if made.dim() == 1 or name.endswith("qk_bias"):
+            assert torch.equal(made, fresh[name]), name
+        else:
+            assert made.std().item() == pytest.approx(fresh[name].std().item(), rel=0.05), name
+            assert made.abs().max() <= 3.001 * fresh[name].std() * 1.1, name
+
+
+def test_made_weights_depend_on_the_seed_and_not_on_the_shards(shape, tmp_path):
+    for name, options in {"a": {}, "b": {"shards": 5}, "c": {"shards": 77}, "d": {"seed": 1}}.items():
+        checkpoint.make_random(shape, tmp_path / name, **options)
+    a, b, c, d = (tensors_of(tmp_path / name) for name in "abcd")
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) == len(c) == 77
+    for name, t in a.items():
+        assert torch.equal(t, b[name]) and torch.equal(t, c[name]), name
+    assert not torch.equal(a[WTE], d[WTE])
+    matrices = [t for t in a.values() if t.shape == (64, 64)]
+    assert not torch.equal(matrices[0], matrices[1])
+
+
+def test_making_weights_leaves_the_random_numbers_of_others_alone(shape, tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    checkpoint.make_random(shape, tmp_path / "made")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_shards_are_of_about_one_size(tmp_path):
+    checkpoint.make_random(RecurrentConfig.preset("small"), tmp_path / "made", shards=4)
+    sizes = [p.stat().st_size for p in (tmp_path / "made").glob("*.safetensors")]
+    assert len(sizes) == 4 and max(sizes) < 1.3 * min(sizes)
+
+
+def test_a_made_checkpoint_in_another_number_format(shape, tmp_path):
+    checkpoint.make_random(shape, tmp_path / "made", dtype=torch.bfloat16, generation_config={"eos_token_id": [3]})
+    model = checkpoint.load(tmp_path / "made")
+    assert model.dtype == torch.bfloat16 and model.generation_config == {"eos_token_id": [3]}
+
+
+def test_a_made_checkpoint_overwrites_nothing(shape, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.md").write_text("mine")
+    for path in (tmp_path / "full", tmp_path / "full" / "notes.md"):
+        with pytest.raises(FileExistsError, match=path.name):
+            checkpoint.make_random(shape, path)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes.md"]
+    (tmp_path / "empty").mkdir()
+    checkpoint.make_random(shape, tmp_path / "empty")
+    assert checkpoint.load(tmp_path / "empty").config == shape
+
+
+@pytest.mark.parametrize("shards", [0, 78])
+def test_shards_that_cannot_be(shape, tmp_path, shards):
+    with pytest.raises(ValueError, match=f"shards is {shards}; it must be from 1 to 77"):
+        checkpoint.make_random(shape, tmp_path / "made", shards=shards)
+
+
+def test_a_made_checkpoint_is_there_whole_or_not_at_all(shape, tmp_path, monkeypatch):
+    written = []
+
+    def interrupted(tensors, path, **kwargs):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.make_random(shape, tmp_path / "made", shards=4)
+    assert not list(tmp_path.iterdir())

@@ -32,7 +32,15 @@ from minirec import (
     training,
 )
 from minirec.kv_cache import bytes_per_token
-from minirec.tokenizer import BEGIN, task_tokenizer
+from minirec.tokenizer import (
+    BEGIN,
+    HUGINN_TEMPLATE,
+    ChatTemplate,
+    huginn_special_ids,
+    read_tokenizer,
+    stand_in_tokenizer,
+    task_tokenizer,
+)
 
 STORY = "Mia has 12 pears. First Mia buys 5 more pears. How many pears does Mia have?"
 FEW_STEPS = "--steps 3 --batch-tokens 250 --evaluate-on 4 --log-every 1 --save-every 1 --families words hops".split()
@@ -233,6 +241,159 @@ def test_generate_in_another_number_format(minirec_, folder, monkeypatch):
     assert loaded[0].dtype == torch.bfloat16
 
 
+# ---- chat
+
+
+@pytest.fixture
+def talker(small_model, tmp_path):
+    """A small random model with a chat template, and the text files to go with it."""
+    ids, path = huginn_special_ids(320), tmp_path / "talker"
+    model = small_model(dtype=torch.float32, vocab_size=320, block_size=200, bos_token_id=ids["begin_text"])
+    model.save_pretrained(path)
+    stand_in_tokenizer(320).save(str(path / "tokenizer.json"))
+    values = {"chat_template": HUGINN_TEMPLATE, "bos_token": "<|begin_text|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture
+def say(minirec_, monkeypatch, talker):
+    """Pipe lines into a chat: exit code, stdout, stderr."""
+
+    def run(*lines, options=()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return minirec_("chat", "--model", talker, "--max-new-tokens", 6, *options)
+
+    return run
+
+
+def test_chat_answers_in_the_conversation_so_far(say, talker, calls):
+    code, out, err = say("Hello!", "", "Go on.", "/new", "Hello!", "/quit", "never read")
+    assert (code, err) == (0, "")
+    tokenizer = read_tokenizer(talker)
+    template, model = ChatTemplate(talker, tokenizer), checkpoint.load(talker)
+    messages, answers = [], []
+    for line in ["Hello!", "Go on."]:
+        messages.append({"role": "user", "content": line})
+        prompt = template.encode(messages)
+        assert calls[len(answers)][1] == prompt
+        answers.append(tokenizer.decode(diffusion_forcing.generate(model, prompt, 6, stop_tokens=()).tokens))
+        messages.append({"role": "Huginn", "content": answers[-1]})
+    assert out == "".join(answer + "\n" for answer in [*answers, answers[0]])
+    assert len(calls) == 3 and calls[2][1] == calls[0][1]
+
+
+def test_chat_ends_where_its_input_does(say):
+    assert say("/quit") == say() == (0, "", "")
+
+
+def test_chat_tells_the_model_what_it_is(say, talker, calls):
+    assert say("Hi", "/new", "Hi", options=["--system", "Be short."])[0] == 0
+    template = ChatTemplate(talker, read_tokenizer(talker))
+    expected = template.encode([{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}])
+    assert [prompt for _, prompt, *_ in calls] == [expected] * 2
+
+
+def test_chat_stops_at_the_end_of_a_turn_and_at_the_stop_tokens_of_the_checkpoint(say, talker, calls):
+    assert say("Hi")[0] == 0
+    assert calls[-1][3]["stop_tokens"] == {huginn_special_ids(320)["end_turn"]}
+    (talker / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert say("Hi")[0] == 0
+    assert calls[-1][3]["stop_tokens"] == {huginn_special_ids(320)["end_turn"], 7, 9}
+
+
+def test_chat_passes_its_options_on(say, calls):
+    options = "--sampler adaptive --num-steps 3 --threshold 0.5 --temperature 0.7 --seed 3 --kv shared --kv-slots 2"
+    assert say("Hi", options=options.split())[0] == 0
+    name, _, (room,), passed = calls[-1]
+    passed.pop("stop_tokens")
+    assert (name, room) == ("adaptive", 6)
+    expected = {"num_steps": 3, "threshold": 0.5, "temperature": 0.7, "seed": 3, "kv": "shared", "kv_slots": 2}
+    assert passed == expected
+
+
+def test_chat_goes_on_where_the_context_is_full(say):
+    """One line says so; the conversation before stays as it was, and another one can be begun."""
+    long = "x" * 200
+    code, out, err = say("Hi", long, "/new", "Hi")
+    assert code == 0
+    assert re.fullmatch(r"minirec: \d+ tokens of conversation .* context of 200; /new starts another one\n", err)
+    first, second = out.splitlines()
+    assert first == second
+    assert say("Hi", long, "Hi")[1] == say("Hi", "Hi")[1]
+
+
+def test_chat_uses_the_room_that_is_left(say, calls):
+    ends = [n for n in range(150, 200) if say("x" * n)[2]]
+    before = len(calls)
+    assert say("x" * (ends[0] - 3))[2] == "" and calls[before][2] == (3,)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(say, talker, monkeypatch, calls):
+    add, added = cli.Stream.add, []
+
+    def interrupted(self, token):
+        add(self, token)
+        added.append(token)
+        if len(added) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Stream, "add", interrupted)
+    code, out, err = say("Hello!", "Go on.")
+    assert (code, err) == (0, "") and len(out.splitlines()) == 2
+    tokenizer = read_tokenizer(talker)
+    said = {"role": "Huginn", "content": tokenizer.decode(added[:3])}  # what was said until then is remembered
+    asked = [{"role": "user", "content": text} for text in ("Hello!", "Go on.")]
+    assert calls[1][1] == ChatTemplate(talker, tokenizer).encode([asked[0], said, asked[1]])
+
+
+def test_chat_greets_a_person_only(talker, minirec_, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("/quit\n"))
+    code, out, _ = minirec_("chat", "--model", talker)
+    assert code == 0 and out.endswith("> ") and "/quit" in out and "Ctrl-C" in out
+
+
+def test_chat_needs_a_template(minirec_):
+    assert_one_error(minirec_("chat", "--model", "tiny"), "no chat template")
+
+
+# ---- make-checkpoint
+
+
+def test_make_checkpoint_writes_what_the_other_commands_read(minirec_, tmp_path):
+    code, out, _ = minirec_("make-checkpoint", "--preset", "tiny", "--shards", 3, "--seed", 4, tmp_path / "made")
+    assert code == 0 and str(tmp_path / "made") in out
+    assert len(list((tmp_path / "made").glob("model-*-of-00003.safetensors"))) == 3
+    checkpoint.make_random(RecurrentConfig.preset("tiny"), tmp_path / "same", seed=4)
+    assert_same_weights(weights(tmp_path / "made"), weights(tmp_path / "same"))
+    assert minirec_("generate", "--model", tmp_path / "made", "--max-new-tokens", 3, STORY)[0] == 0
+    assert "random, by minirec make-checkpoint" in minirec_("info", tmp_path / "made")[1]
+    assert_one_error(minirec_("make-checkpoint", "--preset", "tiny", tmp_path / "made"), "made is there already")
+
+
+def test_make_checkpoint_can_be_talked_to(minirec_, tmp_path, monkeypatch):
+    monkeypatch.setitem(cli.PRESETS, "small", dict(n_embd=16, n_heads=2, intermediate_size=24, vocab_size=300))
+    path = tmp_path / "made"
+    assert minirec_("make-checkpoint", "--preset", "small", "--dtype", "bfloat16", path)[0] == 0
+    model, ids = checkpoint.load(path), huginn_special_ids(300)
+    assert model.dtype == torch.bfloat16 and model.config.bos_token_id == ids["begin_text"]
+    assert set(model.generation_config["eos_token_id"]) == {ids["begin_text"], ids["end_text"], ids["end_turn"]}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    code, out, _ = minirec_("chat", "--model", path, "--max-new-tokens", 3, "--num-steps", 2)
+    assert code == 0 and out.strip()
+
+
+def test_make_checkpoint_refuses_what_the_disk_cannot_hold(minirec_, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: argparse.Namespace(free=3 * 2**30))
+    result = minirec_("make-checkpoint", "--preset", "huginn_3_5b", "--shards", 4, tmp_path / "made")
+    assert_one_error(result, "14.57 GiB", "3.00 GiB free")
+    assert not os.listdir(tmp_path)
+
+
 # ---- train
 
 
@@ -374,16 +535,44 @@ def test_info_counts_the_shape_of_the_large_model(minirec_):
         assert fact in out
 
 
-def test_info_needs_no_weights(minirec_, folder):
+def test_info_reads_no_weights(minirec_, folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_put", lambda *args: pytest.fail("a weight was read"))
     config = checkpoint.read_config(folder)
-    (folder / "model.safetensors").write_bytes(b"not looked at")
+    size = (folder / "model.safetensors").stat().st_size
+    assert f"{checkpoint.readable(size)} in 1 file(s), float32" in minirec_("info", folder)[1]
+    (folder / "model.safetensors").unlink()  # as of a hub repository, of which only the small files are fetched
     code, out, _ = minirec_("info", folder)
     count = sum(p.numel() for p in RecurrentDepthLM(config).parameters())
     assert code == 0 and f"{count:,}" in out and f"{4 * count / 2**20:.4g} MiB" in out
-    for kv, slots in [("full", 12), ("shared", 1), ("shared", 4)]:
+    for kv, slots in [("full", 12), ("shared", 1), ("shared", 2), ("shared", 4), ("shared", 8)]:
         size = bytes_per_token(config, 12, kv, slots, torch.float32) / 1024
         (line,) = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x]
         assert f" {size:.4g} KiB" in line
+
+
+def test_info_finds_a_broken_checkpoint(minirec_, folder):
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert_one_error(minirec_("info", folder), "not a whole safetensors file")
+
+
+def test_info_counts_what_fits(minirec_):
+    code, out, _ = minirec_("info", "--preset", "huginn_3_5b", "--memory", "24GB")
+    assert code == 0
+    config, parameters = RecurrentConfig.preset("huginn_3_5b"), 3_564_976_800
+    for kv, slots in [("full", 32), ("shared", 1), ("shared", 4), ("shared", 16)]:
+        line = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x][1]
+        for dtype in (torch.float32, torch.bfloat16):
+            fit = (24 * 10**9 - parameters * dtype.itemsize) // bytes_per_token(config, 32, kv, slots, dtype)
+            assert f" {fit:,} = {fit // 4096:,} slots" in line
+    assert " 0 = 0 slots" in minirec_("info", "--preset", "huginn_3_5b", "--memory", "10GiB")[1]
+
+
+def test_info_of_a_device(minirec_, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 3 * 2**30)
+    out = minirec_("info", "--device", "cpu", "--memory", "2GiB")[1]
+    assert "3.00 GiB free on cpu" in out and "fit in 2.00 GiB" in out
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: None)
+    assert_one_error(minirec_("info", "--device", "cpu"), "'cpu'", "--memory")
 
 
 def test_info_default_is_the_shipped_model(minirec_):
@@ -401,14 +590,21 @@ def test_info_default_is_the_shipped_model(minirec_):
             "generate",
             "model sampler criterion threshold draft-steps lookahead guess-after "
             "max-new-tokens num-steps inner-steps exit-threshold temperature top-k top-p min-p "
-            "repetition-penalty seed kv kv-slots no-stream stats device dtype threads",
+            "repetition-penalty seed kv kv-slots no-stream stats device dtype threads revision",
         ),
         (
             "train",
             "out preset start until device threads "
             + " ".join(f.name for f in dataclasses.fields(training.TrainingConfig)),
         ),
-        ("info", "preset"),
+        (
+            "chat",
+            "model revision system sampler criterion threshold draft-steps lookahead guess-after "
+            "max-new-tokens num-steps inner-steps exit-threshold temperature top-k top-p min-p "
+            "repetition-penalty seed kv kv-slots device dtype threads",
+        ),
+        ("make-checkpoint", "preset shards dtype seed"),
+        ("info", "preset revision device memory"),
     ],
 )
 def test_help_explains_every_option_and_gives_an_example(capsys, command, options):
@@ -424,9 +620,15 @@ def test_help_explains_every_option_and_gives_an_example(capsys, command, option
         assert action.help and action.help != argparse.SUPPRESS, f"{action.dest} is not explained"
         defaults = action.default if isinstance(action.default, tuple) else [action.default]
         if action.default in (None, argparse.SUPPRESS):
-            assert "default: " in action.help or action.dest in ("out", "preset", "start", "prompt", "help"), (
-                action.dest
-            )
+            assert "default: " in action.help or action.dest in (
+                "out",
+                "preset",
+                "start",
+                "prompt",
+                "path",
+                "model",
+                "help",
+            ), action.dest
         else:
             assert all(str(default) in explained for default in defaults), action.dest
 
@@ -438,7 +640,7 @@ def commands():
 
 
 def test_examples_of_the_help_are_commands():
-    assert set(commands()) == {"demo", "generate", "train", "info"}
+    assert set(commands()) >= {"demo", "generate", "chat", "train", "make-checkpoint", "info"}
     for name, command in commands().items():
         example = shlex.split(command.epilog.split("\n")[1])
         assert example[:2] == ["minirec", name]
@@ -522,6 +724,18 @@ def assert_one_error(result, *words):
         ("info EMPTY", "config.json"),
         ("info --preset other", "other"),
         ("info tiny2 --preset tiny", "not allowed"),
+        ("info --memory much", "'much'"),
+        ("info --memory 3PB", "'3PB'"),
+        ("info --device nonsense", "nonsense"),
+        ("chat", "--model"),
+        ("chat --model nowhere", "nowhere"),
+        ("chat --model tiny --guess-after 3", "--guess-after is an option of --sampler lossless"),
+        ("make-checkpoint new", "--preset"),
+        ("make-checkpoint --preset other new", "other"),
+        ("make-checkpoint --preset tiny FILE", "FILE is there already"),
+        ("make-checkpoint --preset tiny --shards 0 new", "shards is 0"),
+        ("make-checkpoint --preset tiny --shards 99 new", "shards is 99"),
+        ("make-checkpoint --preset tiny --dtype int8 new", "int8"),
         ("other", "other"),
     ],
 )
@@ -567,6 +781,32 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(minirec_, tmp
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there_is_refused(minirec_):
     assert_one_error(minirec_("generate", "--device", "cuda", STORY), "cuda")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.9 GiB of which "
+                "5.00 MiB is free. Process 12 has 3 GiB memory in use. See documentation for Memory Management"
+            ),
+            ["20.00 MiB", "15.9 GiB", "5.00 MiB is free", "--kv shared", "--dtype bfloat16", "--device"],
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), ["8 bytes"]),
+    ],
+)
+def test_no_memory_left_is_one_line_with_the_numbers(minirec_, folder, monkeypatch, error, words):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setitem(cli.SAMPLERS, "diffusion", full)
+    assert_one_error(minirec_("generate", "--model", folder, STORY), *words)
+
+
+def test_a_model_that_does_not_fit_is_one_line_with_the_numbers(minirec_, folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 1000)
+    assert_one_error(minirec_("generate", "--model", folder, STORY), "1000 B free", "bfloat16", "another device")
 
 
 # ---- bugs keep their traceback

@@ -8,7 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirec import RecurrentConfig, checkpoint, tokenizer
-from minirec.tokenizer import BEGIN, DIGITS, END, LETTERS, PAD, VOCABULARY, task_tokenizer
+from minirec.tokenizer import (
+    BEGIN,
+    DIGITS,
+    END,
+    HUGINN_TEMPLATE,
+    LETTERS,
+    PAD,
+    VOCABULARY,
+    ChatTemplate,
+    huginn_special_ids,
+    read_tokenizer,
+    stand_in_tokenizer,
+    task_tokenizer,
+)
 
 WORDS = [w for w in VOCABULARY if w.isalpha()]
 
@@ -112,3 +125,143 @@ def test_an_unknown_word_is_padding():
     """So whoever takes text from a user has to look: `minirec generate` names the word."""
     assert task_tokenizer().encode("Mia has grapes").ids[-1] == PAD
     assert tokenizer.task_tokenizer().model.unk_token == "<pad>"
+
+
+# ---- a tokenizer in the layout of Huginn's
+
+
+def test_special_tokens_are_where_huginn_has_them():
+    ids, config = huginn_special_ids(65_536), RecurrentConfig.preset("huginn_3_5b")
+    assert (ids["begin_text"], ids["end_text"], ids["pad"]) == (config.bos_token_id, config.eos_token_id, 65_509)
+    assert ids["end_turn"] == 65_508 and config.pad_token_id == 65_509
+    made = stand_in_tokenizer(65_536)
+    assert made.get_vocab_size() == 65_536
+    assert {name: made.token_to_id(f"<|{name}|>") for name in ids} == ids
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_its_bytes_and_comes_back(text):
+    made = stand_in_tokenizer(300)
+    ids = made.encode(text).ids
+    assert len(ids) == len(text.encode()) and all(i < 256 for i in ids)
+    assert made.decode(ids) == text
+
+
+def test_what_random_weights_say_can_be_read():
+    made = stand_in_tokenizer(65_536)
+    assert made.decode([256, 4711, *made.encode("!").ids, 65_535]) == " 256 4711! 65535"
+    end = made.token_to_id("<|end_turn|>")
+    assert made.decode([256, end]) == " 256" and made.encode("a<|end_turn|>b").ids[1] == end
+
+
+def test_a_vocabulary_that_is_too_small_for_bytes():
+    assert stand_in_tokenizer(288).get_vocab_size() == 288
+    with pytest.raises(ValueError, match="vocab_size is 287"):
+        stand_in_tokenizer(287)
+
+
+# ---- chat templates
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = [{"role": "system", "content": "Be short.\n"}, {"role": "user", "content": " Hello! "}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint's text files, to spoil."""
+    return write(tmp_path, chat_template=HUGINN_TEMPLATE, bos_token="<|begin_text|>")
+
+
+def write(folder, **values):
+    stand_in_tokenizer(320).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def read(folder):
+    return ChatTemplate(folder, read_tokenizer(folder))
+
+
+def test_a_conversation_is_written_as_huginn_was_trained(folder):
+    begun = (
+        "<|begin_text|><|begin_header|>system<|end_header|>\n\nBe short.<|end_turn|>"
+        "<|begin_header|>user<|end_header|>\n\nHello!<|end_turn|>"
+    )
+    asked = "<|begin_header|>Huginn<|end_header|>\n\n"
+    assert read(folder).render(TALK) == begun + asked
+    assert read(folder).render(TALK, add_generation_prompt=False) == begun
+    answered = [*TALK, {"role": "Huginn", "content": "Hi."}, {"role": "user", "content": "Bye."}]
+    follows = "Hi.<|end_turn|><|begin_header|>user<|end_header|>\n\nBye.<|end_turn|>"
+    assert read(folder).render(answered) == begun + asked + follows + asked
+
+
+def test_special_tokens_of_a_template_become_one_token_each(folder):
+    template, ids = read(folder), huginn_special_ids(320)
+    encoded = template.encode([{"role": "user", "content": "Hi"}])
+    special = [i for i in encoded if i >= 288]
+    header, turn = [ids["begin_header"], ids["end_header"]], ids["end_turn"]
+    assert encoded[0] == ids["begin_text"] and special == [ids["begin_text"], *header, turn, *header]
+
+
+def test_who_speaks_and_how_a_turn_ends_is_read_off_the_template(folder):
+    template = read(folder)
+    assert (template.speaker, template.end) == ("Huginn", huginn_special_ids(320)["end_turn"])
+    write(folder, chat_template=CHATML)
+    template = read(folder)
+    assert template.speaker == "assistant" and template.end is None  # no special token of this tokenizer
+    write(folder, chat_template=CHATML.replace("<|im_end|>", "<|end_text|>"))
+    assert read(folder).end == huginn_special_ids(320)["end_text"]
+
+
+def test_a_template_may_know_its_roles(folder):
+    known = "{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no ' ~ m.role) }}{% endif %}"
+    write(folder, chat_template=CHATML.replace("<|im_start|>{{", known + "<|im_start|>{{"))
+    template = read(folder)
+    assert template.speaker == "assistant"
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: .*no system"):
+        template.render(TALK)
+
+
+def test_special_tokens_may_be_objects(folder):
+    write(folder, chat_template="{{ bos_token }}" + CHATML, bos_token={"content": "<|begin_text|>", "lstrip": False})
+    assert read(folder).render(TALK).startswith("<|begin_text|><|im_start|>system\n")
+
+
+def test_a_template_in_a_file_of_its_own_comes_first(folder):
+    (folder / "chat_template.jinja").write_text(CHATML)
+    assert read(folder).render(TALK).startswith("<|im_start|>system\n")
+    (folder / "tokenizer_config.json").unlink()
+    assert read(folder).speaker == "assistant"
+
+
+@pytest.mark.parametrize("template", [None, 3])
+def test_a_checkpoint_without_a_template(folder, template):
+    write(folder, chat_template=template)
+    with pytest.raises(ValueError, match=f"{folder} has no chat template"):
+        read(folder)
+
+
+def test_a_checkpoint_without_a_tokenizer_config(folder):
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{% for m in messages %}", "is not one"),
+        ("{{ messages + 1 }}", "does not take these messages"),
+        ("{{ messages.__class__.__mro__ }}", "does not take these messages"),
+        ("{{ messages.append(1) }}", "does not take these messages"),
+        ("nothing", "who speaks"),
+    ],
+)
+def test_a_template_that_does_not_work_or_may_not(folder, template, words):
+    write(folder, chat_template=template)
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{words}"):
+        read(folder)
