@@ -171,7 +171,7 @@ class Engine:
     def __init__(
         self, model: RecurrentDepthLM, slots: int = 8, max_length: int = 512, mode: str = "depth", *,
         num_steps: int | None = None, policy: str = "fcfs", chunk: int = 32, row_budget: int = 64, guess_after: int = 1,
-        coda_batch: int = 1, patience: int = 16, kv_budget: int | None = None, kv: str = "full", kv_slots: int = 1,
+        coda_batch: int = 2, patience: int = 16, kv_budget: int | None = None, kv: str = "full", kv_slots: int = 1,
         init_scale: float = 1.0, on_pass: Callable[[Pass], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):  # fmt: skip

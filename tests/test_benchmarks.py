@@ -434,7 +434,7 @@ def test_bad_arguments_of_kv_sharing_are_said(kv_sharing, arguments, says, capsy
 # --- batching.py ---
 
 batching = script("batching")
-NAMES = ["static", "sequence", "depth", "sequence, fixed depth", "wavefront, fixed depth"]
+NAMES = ["static", "sequence", "depth", "wavefront", "sequence, fixed depth", "wavefront, fixed depth"]
 CLOSED = ("passes_PRELUDE", "passes_RECUR", "passes_CODA", "occupancy_RECUR", "mean_depth", "tokens")
 
 
@@ -471,7 +471,8 @@ def test_batching_reports_every_mode_of_every_workload(batching_run):
         assert by["sequence, fixed depth"]["mean_depth"] == by["wavefront, fixed depth"]["mean_depth"] == 12
     closed = written["workloads"]["closed, 3"]
     passes = [closed[name]["recurrent_passes_per_token"]["median"] for name in NAMES]
-    assert passes[0] >= passes[1] >= passes[2] and passes[3] > passes[4]
+    assert passes[0] >= passes[1] >= passes[2] > passes[3] and passes[4] > passes[5]
+    assert 0 <= closed["wavefront"]["same_texts"]["median"] <= 1 == closed["depth"]["same_texts"]["median"]
 
 
 def test_replayed_exits_are_the_same_work(batching_run):
@@ -546,7 +547,7 @@ def made_up(batching, monkeypatch):
 
     def build(arrivals):
         problems = [SimpleNamespace(prompt=i, target=[]) for i in range(len(arrivals))]
-        return batching.Run(lambda clock: MadeUp(wait, clock), problems, arrivals, None)
+        return batching.Run(lambda clock, on_pass: MadeUp(wait, clock), problems, arrivals, None)
 
     return build, wait
 
@@ -587,7 +588,7 @@ def test_measures_of_made_up_requests(batching):
         slots_in={stage: n + 2 for stage, n in passes.items()}, cells={stage: 3 * n for stage, n in passes.items()},
         grid=SimpleNamespace(cache=SimpleNamespace(nbytes=500)),
     )  # fmt: skip
-    found = batching.measures(SimpleNamespace(engine=engine, arrivals=[1.0, 1.5, 6.0]))
+    found = batching.measures(SimpleNamespace(engine=engine, arrivals=[1.0, 1.5, 6.0], crowded=[2, 1, 2]))
     assert found["seconds"] == 8 and found["tokens"] == 6 and found["tokens_per_second"] == 6 / 8
     assert found["requests_per_second"] == 3 / 8 and found["mean_depth"] == (3 * 12 + 3 * 3) / 6
     assert found["kv_bytes_in_use"] == 110, "the third takes the place of the first in the moment it leaves"
@@ -595,6 +596,7 @@ def test_measures_of_made_up_requests(batching):
     assert found["tpot_mean"] == (2000 + 1000) / 2
     assert [found[f"itl_{x}"] for x in ("mean", "p50", "p99")] == pytest.approx([5000 / 3, 1000, 2960])
     assert [found[f"passes_{x}"] for x in ("PRELUDE", "RECUR", "CODA")] == [4, 8, 12]
+    assert found["occupancy_crowded"] == 5 / 3 / 2
     assert found["occupancy_RECUR"] == 10 / 8 / 2 and found["cells_per_pass_RECUR"] == 3
     assert found["passes_per_token"] == 4 and found["recurrent_passes_per_token"] == 8 / 6
     assert found["mean_depth_of_trips"] == 10 / 14 and found["recurrent_passes_per_coda"] == 8 / 12
@@ -631,4 +633,88 @@ def test_requests_are_of_all_kinds_and_arrive_as_often_as_asked(batching):
 def test_bad_arguments_of_batching_are_said(batching, arguments, says, capsys):
     with pytest.raises(SystemExit):
         batching.main(arguments)
+    assert says in capsys.readouterr().err
+
+
+# --- full_scale: decoding against the memory bandwidth --------------------------------------------------------------
+
+
+full_scale = script("full_scale")
+SMALLEST = "--preset tiny --tokens 6 --prompt 4 --context 64 --waves 8 --slots 2 --repeat 1".split()
+
+
+def test_full_scale_runs_without_a_gpu_and_says_so(full_scale, tmp_path):
+    printed, found = run(full_scale, [*SMALLEST, "--device", "cpu", "--fast"], tmp_path)
+    if not torch.cuda.is_available():
+        assert "**No GPU was there.**" in printed and "No GPU" in found["note"]
+    assert {"cpu", "torch", "commit"} <= found["machine"].keys()
+    rows = {row["name"]: row for row in found["rows"][1:]}
+    assert rows["autoregressive, r = 32"]["passes_per_token"] == 32
+    assert rows["autoregressive, r = 64"]["passes_per_token"] == 64
+    assert rows["diffusion forcing, r' = 2, wave 8"]["passes_per_token"] == 2
+    assert rows["lossless wavefront, 100% right"]["passes_per_token"] == 4
+    assert all(row["name"] in printed and row["tokens_per_second"]["median"] > 0 for row in rows.values())
+    assert {row["mode"] for row in found["batching"]} == {"sequence", "depth"}
+    assert "goal" not in printed, "goals are of a GPU"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_a_full_scale_row_has_to_read(full_scale, batch, fast):
+    """By hand: the weights of every call, and keys and values of all positions up to the window's end."""
+    model = full_scale.build("tiny", torch.device("cpu"), torch.float32)
+    d, inner, vocab = 96, 264, 128
+    block = 4 * (3 * d * d + d * d + 3 * d * inner + 2 * d + 4 * d)
+    kv, prompt, steady = 4 * 2 * d, 5, 10
+    ends = range(prompt + 8, prompt + 18)  # the position after the 8th token, and so on
+    name = "autoregressive, r = 32"
+    rows = {row.name: row for row in full_scale.rows_of(64, [batch], [8], steady)}
+    clock = full_scale.run(model, rows[name], prompt, steady, fast, count=True)
+    weights = 32 * (block + 4 * 2 * d * d) + 2 * block + 4 * d + 4 * d * vocab
+    assert clock.timed == steady * batch
+    assert clock.moved["bytes"] == steady * weights + batch * kv * 34 * sum(ends)
+    if batch == 1:  # each of 8 cells reads its own slot, up to itself
+        clock = full_scale.run(model, rows["lossless wavefront, 100% right"], prompt, steady, fast, count=True)
+        weights = 4 * (block + 4 * 2 * d * d) + 2 * block + 4 * d + 4 * d * vocab
+        cells = sum(sum(range(end, end + 8)) for end in ends)
+        prelude_and_coda = sum(2 * end + 14 for end in ends)
+        assert clock.moved["bytes"] == steady * weights + kv * (4 * cells + prelude_and_coda)
+
+
+def test_scripted_guesses_are_right_as_often_as_asked(full_scale):
+    model = full_scale.build("tiny", torch.device("cpu"), torch.float32)
+    rows = {row.rate: row for row in full_scale.rows_of(512, [1], [], 150) if row.rate is not None}
+    passes = {}
+    for rate, row in rows.items():
+        clock = full_scale.run(model, row, 5, 150, fast=False, count=True)
+        passes[rate] = clock.moved["recur"] / clock.timed
+    assert passes[1.0] == 4
+    # a wrong guess is found out at depth 32 and not at 4
+    assert passes[0.9] == pytest.approx(4 + 0.1 * 28, rel=0.25)
+    assert 4 < passes[0.94] < passes[0.9]
+
+
+def test_the_clock_of_full_scale_stops_when_the_first_row_ends(full_scale, monkeypatch):
+    now = iter(range(1, 100))
+    monkeypatch.setattr(full_scale.time, "perf_counter", lambda: next(now))
+    clock = full_scale.Clock(batch=2, tokens=10)
+    going = [clock(0, row) for step in range(8) for row in (0, 1)]  # 16 moments
+    assert all(going) and clock.start == 16
+    assert [clock(0, 0), clock(0, 0), clock(0, 1)] == [True, False, True], "row 1 is slower"
+    assert not clock(0, 1), "the first row has ended, and another outer step begins"
+    assert clock.timed == 3 and clock.end == 19
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--repeat", "0"], "--repeat is 0; it must be at least 1"),
+        (["--waves", "8", "0"], "--waves is [8, 0]; all must be at least 1"),
+        (["--prompt", "600"], "--prompt 600 and --tokens"),
+        (["--context", "4096"], "--context is 4096, and the model's 512"),
+    ],
+)
+def test_bad_arguments_of_full_scale_are_said(full_scale, arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        full_scale.main(["--preset", "tiny", "--device", "cpu", *arguments])
     assert says in capsys.readouterr().err
