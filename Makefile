@@ -10,7 +10,7 @@ PYTEST := MPLBACKEND=Agg $(BIN)/python -m pytest
 NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all tiny lab lint format
+.PHONY: help demo test test-all tiny lab docs badges lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,16 @@ tiny: $(READY) ## train the shipped model again, into runs/ (three hours and mor
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/python -m jupyterlab notebooks
+
+# An extra of its own: half of what it installs is of no use to a reader of the notebooks.
+docs: $(READY) ## build the documentation site and check its links
+	$(BIN)/python -m pip install -q -e ".[docs]" -c constraints.txt
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -c docs . docs/_build
+	$(BIN)/python docs/links.py docs/_build
+	@echo "open docs/_build/index.html"
+
+badges: $(READY) ## write "Open in Colab" into the notebooks: REPO=owner/name on GitHub, REPO=none takes them out
+	$(BIN)/python docs/badges.py "$(REPO)" $(NOTEBOOKS)
 
 lint: $(READY) ## check style and formatting of code and notebooks
 	$(BIN)/python -m ruff check .
