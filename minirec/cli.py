@@ -29,6 +29,7 @@ from minirec import (
     checkpoint,
     diffusion_forcing,
     lossless_wavefront,
+    processes,
     speculative,
     tasks,
     training,
@@ -279,12 +280,13 @@ def train(args: argparse.Namespace) -> None:
     special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
     shape = dataclasses.replace(RecurrentConfig.preset(args.preset), **special)
     torch.manual_seed(args.seed)
+    device = processes.join(args.device)
     if "start" in args:
-        model = checkpoint.load(args.start, device=args.device)
+        model = checkpoint.load(args.start, device=device)
     else:
-        model = RecurrentDepthLM(shape).to(args.device)
+        model = RecurrentDepthLM(shape).to(device)
     if not args.out.exists():
-        args.out.mkdir(parents=True)
+        args.out.mkdir(parents=True, exist_ok=True)  # another process may have been faster
     _check_writable(args.out, args.out)
     model.generation_config = {
         "eos_token_id": [END],
@@ -295,6 +297,10 @@ def train(args: argparse.Namespace) -> None:
         log = training.train(model, config, args.out, **_given(args, "until"))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("(the same command goes on from the last save)") from None
+    rank, _ = processes.place()
+    processes.leave()
+    if rank > 0:  # the first one writes and reports
+        return
     folder = args.out / "checkpoint"
     checkpoint.write_whole(folder / "tokenizer.json", task_tokenizer().save)
     right = ", ".join(f"{family} {log[-1][family]:.0%}" for family in dict.fromkeys(config.families))

@@ -16,7 +16,8 @@ readings taught the later steps much faster; from random weights one reading fin
 (benchmarks/results/recipe.md).
 
 Every batch, depth and initial state is a function of (seed, step): a killed run resumes to the same losses, and needs
-only weights, moments and a number.  Notebook: 02_training_through_depth.
+only weights, moments and a number.  And processes that torchrun has started share the rows of a batch without a word:
+each draws the whole of it, and only gradients and losses are added up.  Notebook: 02_training_through_depth.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minirec import checkpoint, tasks
+from minirec import checkpoint, processes, tasks
 from minirec.recurrent_block import RecurrentDepthLM
 from minirec.tokenizer import PAD
 
@@ -47,7 +49,7 @@ POOL = 16  # rounds of batches drawn at once and sorted by length, so that a bat
 
 @dataclass
 class TrainingConfig:
-    """How to train.  The shipped model was trained in two runs, the second from the first's weights: `make tiny`.
+    """How to train.  The shipped model was trained in several runs, each from the last one's weights: `make tiny`.
 
     `steps` are optimiser steps; `warmup`, `decay`, `joining` and `curriculum` are fractions of them.  `families` are
     taken in turn, a batch each.  `random`, `early` and what they leave of 1 are the shares of rows whose depth is
@@ -140,6 +142,7 @@ def depth_loss(
     backprop: int,
     state: Tensor,
     reads: Sequence[int] = (0,),
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean cross-entropy, each row after its own number of recurrence steps, gradients through the last `backprop`.
 
@@ -147,21 +150,45 @@ def depth_loss(
     asked for after step 1, 2, .. S and from there on; depths (B,) int64; state (B, T, d) -> scalar.  Rows start one
     after the other, the deepest first, and end together: so one cut serves all.  reads: at how many steps before the
     end, below `backprop`, the coda reads all rows that have started; the loss is the mean over these readings.
+
+    whole: labels and depths of the batch that these rows are a share of.  Then the loss is what they contribute to the
+    mean over that batch: the losses of its shares add up to the loss of the batch.
     """
     order = depths.argsort(descending=True, stable=True)
     labels = labels[None] if labels.dim() == 2 else labels
-    tokens, labels, state, depths = tokens[order], labels[:, order], state[order], depths[order].tolist()
+    tokens, labels, state, depths = tokens[order], labels[:, order], state[order], depths[order]
+    steps = depths.tolist()
+    all_labels, all_depths = whole or (labels, depths)
+    all_labels = all_labels[None] if all_labels.dim() == 2 else all_labels
     e = model.prelude(tokens)  # (B, T, d)
     s, losses = state[:0], []  # (rows that have started, T, d)
-    for left in range(depths[0], 0, -1):
-        started = sum(depth >= left for depth in depths)
+    for left in range(steps[0], 0, -1):
+        started = sum(n >= left for n in steps)
         with torch.set_grad_enabled(left <= backprop and torch.is_grad_enabled()):
             s = model.recur(torch.cat([s, state[len(s) : started]]), e[:started])
         if left - 1 in reads:
-            stage = [min(depth - left, len(labels) - 1) for depth in depths[:started]]  # steps run, less one
-            asked = labels[stage, torch.arange(started)]  # (rows that have started, T)
-            losses.append(F.cross_entropy(model.coda(s).flatten(0, 1), asked.flatten(), ignore_index=IGNORE))
-    return torch.stack(losses).mean()
+            logits, asked = model.coda(s), asked_for(labels, depths, left)  # (started, T, V), (started, T)
+            loss = F.cross_entropy(logits.flatten(0, 1), asked.flatten(), ignore_index=IGNORE, reduction="sum")
+            losses.append(loss / (asked_for(all_labels, all_depths, left) != IGNORE).sum())
+    return torch.stack(losses).sum() / sum(read < int(all_depths.max()) for read in set(reads))
+
+
+def asked_for(labels: Tensor, depths: Tensor, left: int) -> Tensor:
+    """What a reading after the step with which `left` steps were left asks the rows that have started: (rows, T)."""
+    rows = (depths >= left).nonzero()[:, 0]
+    return labels[(depths[rows] - left).clamp(max=len(labels) - 1), rows]  # labels (S, B, T): by steps run, less one
+
+
+class Objective(torch.nn.Module):
+    """`depth_loss` of a model, as the module that DistributedDataParallel wants to be called through."""
+
+    def __init__(self, model: RecurrentDepthLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch) -> Tensor:
+        """The arguments of `depth_loss` after the model -> its loss."""
+        return depth_loss(self.model, *batch)
 
 
 def stages_of(problems: list[tasks.Problem], depths: list[int]) -> tuple[Tensor, Tensor]:
@@ -214,7 +241,7 @@ class Batches:
             number = step // window
             turns = [s for s in range(number * window, (number + 1) * window) if config.family(s) == family]
             seed, levels = f"{config.seed}.{number}", config.levels(family, turns[0])
-            size = max(1, config.batch_tokens // max(self._length(family, level) for level in levels))
+            size = self.rows(family, levels)
             streams = [tasks.problems("train", seed, family, level) for level in levels]
             rng = random.Random(f"{family} {seed}")
             drawn = [
@@ -236,6 +263,10 @@ class Batches:
         """At how many steps before the end the coda reads: at the end, and where chance has it below `backprop`."""
         others = random.Random(self.config.run(step)).sample(range(1, backprop), min(self.config.reads, backprop) - 1)
         return [0, *others]
+
+    def rows(self, family: str, levels: Sequence[int]) -> int:
+        """How many problems a batch of these levels holds."""
+        return max(1, self.config.batch_tokens // max(self._length(family, level) for level in levels))
 
     def _length(self, family: str, level: int) -> int:
         """The longest line among some problems of a level."""
@@ -260,11 +291,16 @@ def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_step
     """Share of problems whose whole solution greedy decoding gets right, token for token, in one forward pass.
 
     Greedy decoding writes exactly the solution if and only if every solution token is the argmax given the
-    solution's own tokens before it; so nothing has to be generated.
+    solution's own tokens before it; so nothing has to be generated.  Under torchrun each process looks at its share of
+    the problems, so all have to call this, and all get the whole answer.
     """
-    tokens, labels = (t.to(model.device) for t in batch_of(problems))
-    guesses = model(tokens, num_steps=num_steps).logits.argmax(-1)  # (B, T)
-    return ((guesses == labels) | (labels == IGNORE)).all(dim=1).float().mean().item()
+    rank, world = processes.place()
+    right = torch.zeros((), device=model.device)
+    if own := problems[rank::world]:
+        tokens, labels = (t.to(model.device) for t in batch_of(own))
+        guesses = model(tokens, num_steps=num_steps).logits.argmax(-1)  # (B, T)
+        right = ((guesses == labels) | (labels == IGNORE)).all(dim=1).float().sum()
+    return processes.total(right).item() / len(problems)
 
 
 def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, until: int | None = None) -> list[dict]:
@@ -273,10 +309,22 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
     If `folder` holds a run of the same configuration, it is continued where it was last saved; a run of
     another configuration is a ValueError.  A run that is killed loses what it did since the last save.
     until: stop after this step, for now or for good; what is planned for later steps stays as it is.
+
+    Processes that have met (`minirec.processes`) train one model together: each runs its share of the rows of the same
+    batches, so that their number changes nothing but rounding, and a run may be resumed by another number of them.
+    All read the folder, and the first one alone writes to it.  ValueError if a batch may have fewer rows than there
+    are processes.
     """
     end = config.steps if until is None else until
     if not 1 <= end <= config.steps:
         raise ValueError(f"until is {until}; it must be from 1 to steps, here {config.steps}")
+    data, (rank, world) = Batches(config, model.config.mean_recurrence), processes.place()
+    fewest = min(data.rows(family, tasks.FAMILIES[family]) for family in config.families) if world > 1 else 1
+    if fewest < world:
+        raise ValueError(
+            f"batch_tokens is {config.batch_tokens}, too few for a row for each of {world} processes: a batch may have "
+            f"{fewest}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = model.device
@@ -288,25 +336,29 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
         fused=True,
     )
     first, log, running = _resume(model, optimizer, config, folder)
-    data = Batches(config, model.config.mean_recurrence)
+    objective = Objective(model)
+    if world > 1:
+        objective = DistributedDataParallel(objective)
     held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}
     started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
     model.train()
-    for step in tqdm(range(first, end), initial=first, total=end, disable=None):
+    for step in tqdm(range(first, end), initial=first, total=end, disable=True if rank else None):
         tokens, labels, depths = (t.to(device) for t in data[step])
-        rows = torch.arange(len(tokens), device=device)[:, None]
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        state = model.initial_state(positions, seed=config.run(step) * len(tokens) + rows)
+        # dealt out from the deepest on, so that all processes have about the same to do
+        own = depths.argsort(descending=True, stable=True)[rank::world].sort().values
+        positions = torch.arange(tokens.shape[1], device=device).expand(len(own), -1)
+        state = model.initial_state(positions, seed=config.run(step) * len(tokens) + own[:, None])
         backprop = model.config.mean_backprop_depth
-        loss = depth_loss(model, tokens, labels, depths, backprop, state, data.reads(step, backprop))
+        batch = tokens[own], labels[..., own, :], depths[own], backprop, state, data.reads(step, backprop)
+        loss = objective(*batch, (labels, depths))
         optimizer.zero_grad()
-        loss.backward()
+        (loss * world).backward()  # the gradients of the shares add up, and DistributedDataParallel takes their mean
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         optimizer.step()
 
-        running.append(loss.item())
+        running.append(processes.total(loss).item())
         done = step + 1
         if done % config.log_every == 0 or done == end:
             row = {"step": done, "loss": sum(running) / len(running), "rate": config.rate(step)}
@@ -315,10 +367,11 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
                 row |= {family: exact_match(model, problems) for family, problems in held_out.items()}
             log.append(row)
             running = []
-        if done % config.save_every == 0 or done == end:
+        if rank == 0 and (done % config.save_every == 0 or done == end):
             _save(model, optimizer, config, folder, done, log, running)
     model.eval()
-    model.save_pretrained(folder / "checkpoint")
+    if rank == 0:
+        model.save_pretrained(folder / "checkpoint")
     return log
 
 

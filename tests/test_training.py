@@ -630,7 +630,7 @@ def test_a_run_is_a_plain_loop_over_its_batches(tmp_path, monkeypatch):
 
     data, plain, losses = Batches(config, model.config.mean_recurrence), fresh_model(), []
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.2, fused=True)
-    for step, (tokens, labels, depths, backprop, state, reads) in enumerate(seen):
+    for step, (tokens, labels, depths, backprop, state, reads, _) in enumerate(seen):
         assert same((tokens, labels, depths), data[step])
         assert backprop == model.config.mean_backprop_depth and reads == data.reads(step, backprop)
         losses.append(loss(plain, tokens, labels, depths, backprop, state, reads))
@@ -645,7 +645,7 @@ def test_a_run_is_a_plain_loop_over_its_batches(tmp_path, monkeypatch):
     assert log[0]["loss"] == pytest.approx(sum(losses[:4]).item() / 4)
     assert log[1]["loss"] == pytest.approx(losses[4].item())
 
-    states = [row for *_, state, _ in seen for row in state[:, :5]]  # each (5, d): a row's first positions
+    states = [row for *_, state, _, _ in seen for row in state[:, :5]]  # each (5, d): a row's first positions
     assert len({tuple(state.flatten().tolist()) for state in states}) == len(states), "another for every row and step"
     spread = torch.stack(states).std().item()
     assert spread == pytest.approx(math.sqrt(2 / 5), rel=0.05)

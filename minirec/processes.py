@@ -1,0 +1,56 @@
+"""Several processes, one for each GPU: what torchrun starts, and what they have to say to each other.
+
+    torchrun --nproc-per-node 2 -m minirec.cli train --out runs/mine
+
+runs the same program twice (with `-m -- minirec.cli` before `--start`, which torchrun would take for an option of its
+own).  Each process finds its number, its rank, in the environment, takes its share of the rows or of the problems, and
+adds up with the others what belongs to all.  Without torchrun there is one process of rank 0, and nothing to say.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def join(device: str | torch.device) -> torch.device:
+    """Meet the processes that torchrun has started, if it has, and return the device of this one.
+
+    "cuda" stands for the GPU with this process's number on its machine; GPUs talk by NCCL, all others by gloo.
+    ValueError if there are more processes than GPUs.
+    """
+    device = torch.device(device)
+    if not dist.is_torchelastic_launched():
+        return device
+    if device.type == "cuda":
+        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= gpus:
+            raise ValueError(f"torchrun has started process {number + 1} on a machine with {gpus} GPU(s)")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave() -> None:
+    """Part from the others at the end.  Not after an error: they may be waiting for this process, and torchrun ends
+    all of them once one has failed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """Which process this is, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, each of which has to ask for it; on the device of x, without a gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
