@@ -1,7 +1,13 @@
 """pyproject.toml, constraints.txt and environment.yml say the same thing, and so does what is installed."""
 
+import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+import venv
 from importlib import metadata
 from pathlib import Path
 
@@ -127,3 +133,49 @@ def test_environment_names_no_package_that_pyproject_does_not():
     }
     covered = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     assert named <= covered | {"python", "pip"}
+
+
+@pytest.mark.slow
+def test_what_the_set_up_cells_say_to_install_is_enough_in_a_fresh_environment(tmp_path):
+    """Needs a package registry; the versions are those of constraints.txt."""
+    clone, home = tmp_path / "clone", tmp_path / "elsewhere"
+    kept_out = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "runs", "build", "dist", "_build")
+    shutil.copytree(ROOT, clone, ignore=kept_out)
+    home.mkdir()
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv/bin/python")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+
+    def run(*command: str, cwd=home) -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+    cells = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        cells[path.name] = "".join(code[0]["source"])
+    said = {name: re.search(r'pip install ([^`\n]*?\]"?)', source) for name, source in cells.items()}
+    assert [name for name, match in said.items() if match is None] == [], "these set-up cells say nothing of pip"
+    assert {tuple(shlex.split(match[1])) for match in said.values()} == {("-e", ".[notebooks]")}
+    for name, source in cells.items():  # nothing is installed yet
+        before = run(python, "-c", source)
+        assert before.returncode and "[notebooks]" in before.stdout + before.stderr, name
+
+    reached = run(python, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path / "probe"), "packaging")
+    if reached.returncode:
+        pytest.skip("no package registry can be reached")
+    installed = run(python, "-m", "pip", "install", "-q", "-e", ".[notebooks]", cwd=clone)
+    assert installed.returncode == 0, installed.stderr
+    for name, source in cells.items():
+        after = run(python, "-c", source)
+        assert after.returncode == 0 and "pip install" not in after.stdout, f"{name}: {after.stdout}{after.stderr}"
+    assert run(python, "-c", "import jupyterlab, ipykernel").returncode == 0
+
+    built = run(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(clone))
+    assert built.returncode == 0, built.stderr
+    shutil.rmtree(clone)  # from here on the wheel is alone
+    load = "import minirec; print(minirec.RecurrentDepthLM.from_pretrained('tiny').config.mean_recurrence)"
+    alone = run(python, "-c", load)
+    assert alone.returncode == 0, alone.stderr
+    demo = run(str(tmp_path / "venv/bin/minirec"), "info")
+    assert demo.returncode == 0, demo.stderr
