@@ -822,7 +822,10 @@ def unmasking_and_wavefront(passes: Sequence, generation, prompt_length: int, to
     fig.colorbar(left, ax=axes[0], fraction=0.02, pad=0.01, label="probability of the guess")
     bar = fig.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=axes[1], fraction=0.04, pad=0.01)
     bar.set_label("recurrence steps of the cell")
+    bar.set_ticks(range(1, cmap.N + 1))
     bar.minorticks_off()
+    for text in axes[1].texts:  # the last windows reach beyond the last token
+        text.set_clip_on(True)
     handles = [
         Patch(facecolor="#F1F1F1", hatch="///", edgecolor="#CFCFCF", label="token that stands"),
         Line2D([], [], marker="o", linestyle="", color=VERMILION, label="guess that is not the last one"),
@@ -830,3 +833,41 @@ def unmasking_and_wavefront(passes: Sequence, generation, prompt_length: int, to
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return axes
+
+
+# --- Full scale: notebook 10_full_scale ---
+
+
+def pass_times(machines: Mapping[str, tuple[float, float]], read: float, work: float, most: int = 1024) -> Axes:
+    """Least time of a pass against the positions in it, both axes logarithmic: reading, or arithmetic, if that is more.
+
+    machines: name -> (bytes a second, operations a second); read: bytes of a pass; work: operations of one position.
+    A dot marks where arithmetic begins to take longer.
+    """
+    _, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    positions = np.unique(np.geomspace(1, most, 200))
+    for (name, (bandwidth, speed)), colour in zip(machines.items(), (BLUE, VERMILION, GREEN, "black"), strict=False):
+        ax.plot(positions, 1e3 * np.maximum(read / bandwidth, positions * work / speed), color=colour, label=name)
+        ax.plot(read / bandwidth * speed / work, 1e3 * read / bandwidth, "o", color=colour, markersize=6)
+    ax.set(xscale="log", yscale="log", xlabel="positions in a pass", ylabel="ms a pass, at least")
+    ax.grid(alpha=0.25, which="both")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return ax
+
+
+def bytes_by_part(bars: Mapping[str, Mapping[str, float]]) -> Axes:
+    """What a token makes the machine read, in GB: one bar a sampler, stacked by part; bars: sampler -> {part: bytes}."""
+    _, ax = plt.subplots(figsize=(8.0, 0.5 + 0.42 * len(bars)), layout="constrained")
+    left = np.zeros(len(bars))
+    for part, colour in zip(next(iter(bars.values())), (BLUE, GREEN, VERMILION, GREY), strict=False):
+        width = np.array([1e-9 * parts[part] for parts in bars.values()])
+        ax.barh(list(bars), width, left=left, height=0.65, color=colour, label=part)
+        left += width
+    for y, total in enumerate(left):
+        ax.text(total, y, f" {total:.3g}", va="center", fontsize=9)
+    ax.invert_yaxis()
+    ax.set(xlabel="GB a token", xlim=(0, 1.1 * left.max()))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return ax

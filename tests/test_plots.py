@@ -337,3 +337,20 @@ def test_unmasking_has_a_cell_for_every_hidden_token_and_a_dot_for_every_guess_t
     assert [text.get_text() for text in right.texts] == ["3", "2"], "the wavefront's cells bear theirs"
     for ax, rows in ((left, 3), (right, 2)):
         assert ax.get_ylim() == (rows, 0) and ax.get_xlim() == (0, 3)
+
+
+def test_a_pass_takes_its_reading_or_its_arithmetic():
+    ax = plots.pass_times({"slow": (100.0, 1000.0), "fast": (200.0, 1000.0)}, read=50.0, work=10.0, most=100)
+    slow, corner = ax.get_lines()[:2]
+    assert slow.get_ydata()[0] == pytest.approx(500), "50 bytes at 100 a second, in ms"
+    assert slow.get_ydata()[-1] == pytest.approx(1000), "100 positions of 10 operations at 1000 a second"
+    assert corner.get_xdata()[0] == pytest.approx(50) and corner.get_ydata()[0] == pytest.approx(500)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["slow", "fast"]
+
+
+def test_bytes_are_stacked_by_part():
+    ax = plots.bytes_by_part({"a": {"core": 3e9, "rest": 1e9}, "b": {"core": 0.5e9, "rest": 1e9}})
+    widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
+    assert widths == [[pytest.approx(3), pytest.approx(0.5)], [pytest.approx(1), pytest.approx(1)]]
+    assert [bar.get_x() for bar in ax.containers[1]] == [pytest.approx(3), pytest.approx(0.5)]
+    assert [t.get_text().strip() for t in ax.texts] == ["4", "1.5"]
