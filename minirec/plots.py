@@ -857,7 +857,7 @@ def pass_times(machines: Mapping[str, tuple[float, float]], read: float, work: f
 
 
 def bytes_by_part(bars: Mapping[str, Mapping[str, float]]) -> Axes:
-    """What a token makes the machine read, in GB: one bar a sampler, stacked by part; bars: sampler -> {part: bytes}."""
+    """What a token makes the machine read, in GB: a bar a sampler, stacked by part; bars: sampler -> {part: bytes}."""
     _, ax = plt.subplots(figsize=(8.0, 0.5 + 0.42 * len(bars)), layout="constrained")
     left = np.zeros(len(bars))
     for part, colour in zip(next(iter(bars.values())), (BLUE, GREEN, VERMILION, GREY), strict=False):
