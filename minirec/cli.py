@@ -217,7 +217,8 @@ def chat(args: argparse.Namespace) -> None:
         try:
             line = input("> " if by_hand else "").strip()
         except EOFError:
-            break
+            line = "/quit"
+            print(end="\n" if by_hand else "")
         if line == "/quit":
             break
         if line == "/new":

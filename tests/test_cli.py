@@ -323,10 +323,12 @@ def test_chat_goes_on_where_the_context_is_full(say):
     assert say("Hi", long, "Hi")[1] == say("Hi", "Hi")[1]
 
 
-def test_chat_uses_the_room_that_is_left(say, calls):
-    ends = [n for n in range(150, 200) if say("x" * n)[2]]
-    before = len(calls)
-    assert say("x" * (ends[0] - 3))[2] == "" and calls[before][2] == (3,)
+def test_chat_uses_the_room_that_is_left(say, talker, calls):
+    around = len(ChatTemplate(talker, read_tokenizer(talker)).encode([{"role": "user", "content": ""}]))
+    for left in (3, 1):
+        assert say("x" * (200 - around - left))[2] == "" and calls[-1][2] == (left,)
+    code, out, err = say("x" * (200 - around))
+    assert (code, out) == (0, "") and "no room" in err and len(calls) == 2
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(say, talker, monkeypatch, calls):
