@@ -165,7 +165,8 @@ class Engine:
     at once, None for what the slots hold.  kv, kv_slots, init_scale: as for all samplers.  on_pass: called with every
     Pass.  clock: seconds.
 
-    submit and cancel may be called from other threads while one runs `step`, `run` or `stream`.
+    submit and cancel may be called from other threads while one runs `step`, `run` or `stream`.  `requests` holds all
+    by id, ended ones too: who serves for long takes those out, `requests.pop(id)`, when their last event has come.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """The batching engine: every request gets what it gets alone, nothing is lost, and nobody waits for ever."""
 
+import gc
 import itertools
 import random
 import threading
@@ -285,20 +286,30 @@ def test_times_are_in_order_and_of_the_engines_clock(small_model):
 def test_ten_thousand_requests(small_model, mode):
     """Random arrivals, lengths and cancellations: none lost, none twice, everything returned."""
     rng, model = random.Random(0), small_model(0, dtype=torch.float32)
-    engine, ids, ended = Engine(model, slots=8, max_length=24, mode=mode, num_steps=2), [], Counter()
+    engine, ids, requests = Engine(model, slots=8, max_length=24, mode=mode, num_steps=2), [], {}
+    ended, objects = Counter(), {}
     while len(ids) < 5000 or engine.busy or engine.scheduler.waiting:
         while len(ids) < 5000 and len(engine.scheduler.waiting) < 12 and rng.random() < 0.7:
             prompt = [rng.randrange(23) for _ in range(rng.randint(1, 8))]
-            ids.append(engine.submit(prompt, rng.randint(1, 3), seed=len(ids)))
-            if rng.random() < 0.1:
-                engine.cancel(rng.choice(ids[-9:]))
+            threshold = rng.choice([None, 0.3])
+            ids.append(engine.submit(prompt, rng.randint(1, 3), seed=len(ids), threshold=threshold))
+            if rng.random() < 0.1 and (unlucky := rng.choice(ids[-9:])) in engine.requests:
+                engine.cancel(unlucky)
+            if len(ids) in (1000, 5000):
+                gc.collect()
+                objects[len(ids)] = len(gc.get_objects())
         engine.step()
-        ended.update(event.request for event in engine.events() if event.finished)
-    assert ended == Counter(ids)
+        for event in engine.events():
+            if event.finished:
+                ended[event.request] += 1
+                request = engine.requests.pop(event.request)
+                requests[event.request] = (request.state.name, request.admitted)
+    assert ended == Counter(ids) and not engine.requests
     assert sorted(engine.free) == list(range(8))
-    states = Counter(request.state for request in engine.requests.values())
-    assert set(states) == {State.FINISHED, State.CANCELLED} and states[State.CANCELLED] > 100
-    order = [engine.requests[id].admitted for id in ids if engine.requests[id].admitted is not None]
+    assert objects[5000] - objects[1000] < 4000 * 0.2, "what ended and was taken out leaves nothing behind"
+    states = Counter(state for state, _ in requests.values())
+    assert set(states) == {"FINISHED", "CANCELLED"} and states["CANCELLED"] > 100
+    order = [requests[id][1] for id in ids if requests[id][1] is not None]
     assert order == sorted(order), "first come, first served"
 
 
