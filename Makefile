@@ -10,7 +10,7 @@ PYTEST := MPLBACKEND=Agg $(BIN)/python -m pytest
 NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all tiny lab docs badges lint format
+.PHONY: help demo test test-all test-eval tiny lab docs badges lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,15 @@ test: $(READY) ## run the fast tests, then every notebook
 test-all: $(READY) ## run all tests, the slow ones too, then every notebook
 	$(PYTEST) -m ""
 	$(NBVAL) $(NOTEBOOKS)
+
+# lm-eval brings some 600 MB of libraries that nothing else here needs, so it has an environment of its own.
+test-eval: .venv-eval/.minirec-ready ## test the model class for lm-eval, in an environment of its own
+	.venv-eval/bin/python -m pytest tests/test_lm_eval_adapter.py
+
+.venv-eval/.minirec-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install -e ".[eval]" pytest hypothesis -c constraints.txt
+	@touch $@
 
 # What was done, in nine runs: each begins with the weights of the one before, and goes on where it was stopped. The
 # last five read every row on its way and taught most; what the others are needed for has not been tried. The first
