@@ -134,6 +134,7 @@ def test_a_newcomer_opens_a_notebook_and_runs_all_cells(lab, browser, path):
     page.goto(address)
     page.locator(f".jp-DirListing-item[title*='{path.name}']").dblclick()
     page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell")
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before that, running a cell does nothing
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     end = time.monotonic() + 60 * MINUTES
