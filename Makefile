@@ -10,7 +10,7 @@ PYTEST := MPLBACKEND=Agg $(BIN)/python -m pytest
 NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-eval tiny lab docs badges lint format
+.PHONY: help demo test test-all test-eval test-nbgrader assignments tiny lab docs badges lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,17 @@ test: $(READY) ## run the fast tests, then every notebook
 test-all: $(READY) ## run all tests, the slow ones too, then every notebook
 	$(PYTEST) -m ""
 	$(NBVAL) $(NOTEBOOKS)
+
+assignments: $(READY) ## write the students' versions of the assignments, into student/
+	$(BIN)/python notebooks/assignments/grading.py student student
+
+test-nbgrader: .venv-nbgrader ## let nbgrader make and grade the assignments, in an environment of its own
+	.venv-nbgrader/bin/python tests/nbgrader_round.py
+
+.venv-nbgrader: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install -e ".[assignments]" -c constraints.txt
+	@touch $@
 
 # lm-eval brings some 600 MB of libraries that nothing else here needs, so it has an environment of its own.
 test-eval: .venv-eval/.minirec-ready ## test the model class for lm-eval, in an environment of its own
