@@ -52,6 +52,7 @@ katex_css_path = "katex-math.css"  # the extension's own; the default is on anot
 
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": False}
 autodoc_inherit_docstrings = False
+autodoc_mock_imports = ["lm_eval"]  # only an evaluation needs it, and it is large
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
