@@ -1,6 +1,7 @@
 """The notebooks as they are stored: whole, run from top to bottom, and light; and what they define. nbval runs them."""
 
 import ast
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -175,6 +176,98 @@ def test_the_depths_of_notebook_02_are_the_package_s():
     for mean in (1, 8.5, 32):
         mine, package = (draw(mean, torch.Generator().manual_seed(7), 500) for draw in (by_hand, training.sample_depth))
         assert torch.equal(mine, package)
+
+
+@torch.inference_mode()
+def test_the_denoiser_of_notebook_07_looks_both_ways_and_never_says_mask(small_model):
+    mine = definitions("07_diffusion_language_models.ipynb")
+    causal = small_model(2).transformer.core_block[0].attn
+    both = mine["BothWays"](small_model(2).config).double()
+    both.load_state_dict(causal.state_dict())
+    x, rope = torch.randn(2, 6, 16, dtype=torch.float64), small_model(2).rope(torch.arange(6))
+    same = (both(x, rope) - causal(x, rope)).abs().amax(dim=(0, 2)) < 1e-4  # (T,)
+    assert same.tolist() == [False] * 5 + [True], "only the last position sees as much with a causal mask"
+    torch.manual_seed(0)
+    denoiser = mine["Denoiser"](11, d=16, heads=2, layers=2)
+    tokens = torch.tensor([[3, 1, 4, 1, 5, denoiser.mask]])
+    logits = denoiser(tokens)
+    assert logits.shape == (1, 6, 11)
+    later = denoiser(torch.tensor([[3, 1, 4, 1, 6, denoiser.mask]]))
+    assert ((later - logits).abs().amax(-1) > 1e-5).all(), "a change of one token reaches all, to its left too"
+
+
+@torch.inference_mode()
+def test_the_loss_of_notebook_07_is_the_mean_over_all_orders_of_writing():
+    masked_loss = definitions("07_diffusion_language_models.ipynb")["masked_loss"]
+    L, V, n = 3, 2, 60_000
+    table = (5 * torch.randn(3**L, L, V, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
+
+    def lookup(tokens):  # a model of texts of three bits, hole = 2, after a prompt of one token
+        return torch.nn.functional.pad(table[(tokens[:, 1:] * torch.tensor([9, 3, 1])).sum(1)], (0, 0, 1, 0))
+
+    lookup.mask = 2
+    text, hole = [1, 0, 1], 2
+    orders = list(itertools.permutations(range(L)))
+    expected = 0.0
+    for order in orders:
+        canvas = [hole] * L
+        for i in order:
+            expected -= table[9 * canvas[0] + 3 * canvas[1] + canvas[2], i, text[i]] / len(orders)
+            canvas[i] = text[i]
+    torch.manual_seed(0)
+    t = (torch.arange(n) + 0.5) / n
+    loss = masked_loss(lookup, torch.tensor([[0, *text]]).expand(n, -1), L, t)
+    torch.testing.assert_close(L * loss, expected, atol=0.1, rtol=0)  # a constant weight of 2 is off by 0.33
+
+
+@pytest.mark.parametrize("passes, sure", [(1, 1.1), (5, 1.1), (9, 1.1), (5, 0.8)])
+def test_unmasking_in_notebook_07_keeps_the_prompt_the_quota_and_what_stands(passes, sure):
+    mine = definitions("07_diffusion_language_models.ipynb")
+    torch.manual_seed(1)
+    denoiser, length = mine["Denoiser"](11, d=16, heads=2, layers=2), 9
+    seen = []
+    denoiser.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].clone(), output[:, 3:].clone())))
+    prompts = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    text, trace = mine["unmask"](denoiser, prompts, length, passes, sure)
+    assert not (text == denoiser.mask).any() and len(trace) == len(seen) <= passes
+    for k, (one, (canvas, logits)) in enumerate(zip(trace, seen, strict=True)):
+        assert torch.equal(canvas[:, :3], prompts)
+        assert torch.equal(one.known, canvas[:, 3:] != denoiser.mask)
+        assert torch.equal(one.guesses, torch.where(one.known, text, logits.argmax(-1))), "what stands, stands"
+        stand = one.known.sum(1)
+        assert (stand == length * k // passes).all() if sure > 1 else (stand >= length * k // passes).all()
+        if k + 1 < len(trace):  # of the hidden ones, the surest stand next
+            new, p = trace[k + 1].known & ~one.known, logits.softmax(-1).amax(-1)
+            least, most = p.masked_fill(~new, 2).amin(1), p.masked_fill(trace[k + 1].known, -1).amax(1)
+            assert (least >= most).all()
+
+
+def test_taking_back_in_notebook_07_hides_the_least_sure_tokens_and_no_others():
+    mine = definitions("07_diffusion_language_models.ipynb")
+    torch.manual_seed(2)
+    denoiser, seen = mine["Denoiser"](11, d=16, heads=2, layers=2), []
+    denoiser.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output[:, 2:].softmax(-1))))
+    prompts, text = torch.tensor([[3, 1], [4, 1]]), torch.randint(11, (2, 6))
+    trust = torch.tensor([[0.9, 0.2, 0.8, 0.1, 0.7, 0.6], [0.3, 0.9, 0.9, 0.9, 0.9, 0.4]])
+    new, sure = mine["take_back"](denoiser, prompts, text, trust, 2)
+    weakest = torch.zeros(2, 6, dtype=torch.bool)
+    weakest[[0, 0, 1, 1], [1, 3, 0, 5]] = True
+    (canvas, p), *more = seen
+    assert not more and torch.equal(canvas, torch.cat([prompts, text.masked_fill(weakest, denoiser.mask)], 1))
+    assert torch.equal(new, torch.where(weakest, p.argmax(-1), text))
+    torch.testing.assert_close(sure, torch.where(weakest, p.amax(-1), trust))
+
+
+def test_the_widths_of_notebook_07_are_those_of_a_run_with_the_fixed_schedule(small_model):
+    mine = definitions("07_diffusion_language_models.ipynb")
+    for inner in (1, 2, 5):
+        gen = diffusion_forcing.generate(
+            small_model(1), [3, 1, 4], 13, num_steps=5, inner_steps=inner, schedule="fixed", stop_tokens=(), trace=True
+        )
+        passes, widths = mine["fixed_wavefront"](12, 5, inner)
+        assert [len(step.depths) for step in gen.trace] == widths and gen.passes == 5 + passes
+    depth, shared, apart = mine["prefill_cost"](6, 3).values()
+    assert depth == (3, 6, 63, 6) and shared == (1, 18, 63, 6) and apart == (1, 18, 171, 18)
 
 
 @pytest.mark.parametrize("guess_after", [1, 2, 3, 5])
