@@ -13,7 +13,7 @@ NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env
 .PHONY: help demo test test-all test-eval test-nbgrader assignments tiny lab docs badges lint format
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## run the demo
 	$(BIN)/minirec demo
