@@ -130,7 +130,7 @@ def lab(tmp_path_factory):
 def test_a_newcomer_opens_a_notebook_and_runs_all_cells(lab, browser, path):
     address, folder = lab
     page = browser.new_page()
-    page.set_default_timeout(180_000)
+    page.set_default_timeout(60_000 * MINUTES)
     page.goto(address)
     page.locator(f".jp-DirListing-item[title*='{path.name}']").dblclick()
     page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell")
