@@ -220,42 +220,51 @@ def test_the_loss_of_notebook_07_is_the_mean_over_all_orders_of_writing():
     torch.testing.assert_close(L * loss, expected, atol=0.1, rtol=0)  # a constant weight of 2 is off by 0.33
 
 
-@pytest.mark.parametrize("passes, sure", [(1, 1.1), (5, 1.1), (9, 1.1), (5, 0.8)])
+class Babbler:
+    """A denoiser that says something else at every call; keeps what it saw and said."""
+
+    mask = 11
+
+    def __init__(self):
+        self.seen, self.generator = [], torch.Generator().manual_seed(1)
+
+    def __call__(self, canvas):
+        logits = 2 * torch.randn(*canvas.shape, self.mask, generator=self.generator)
+        self.seen.append((canvas.clone(), logits))
+        return logits
+
+
+@pytest.mark.parametrize("passes, sure", [(1, 1.1), (5, 1.1), (9, 1.1), (5, 0.6)])
 def test_unmasking_in_notebook_07_keeps_the_prompt_the_quota_and_what_stands(passes, sure):
-    mine = definitions("07_diffusion_language_models.ipynb")
-    torch.manual_seed(1)
-    denoiser, length = mine["Denoiser"](11, d=16, heads=2, layers=2), 9
-    seen = []
-    denoiser.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].clone(), output[:, 3:].clone())))
+    unmask, denoiser, length = definitions("07_diffusion_language_models.ipynb")["unmask"], Babbler(), 9
     prompts = torch.tensor([[3, 1, 4], [1, 5, 9]])
-    text, trace = mine["unmask"](denoiser, prompts, length, passes, sure)
-    assert not (text == denoiser.mask).any() and len(trace) == len(seen) <= passes
-    for k, (one, (canvas, logits)) in enumerate(zip(trace, seen, strict=True)):
-        assert torch.equal(canvas[:, :3], prompts)
-        assert torch.equal(one.known, canvas[:, 3:] != denoiser.mask)
-        assert torch.equal(one.guesses, torch.where(one.known, text, logits.argmax(-1))), "what stands, stands"
+    text, trace = unmask(denoiser, prompts, length, passes, sure)
+    assert not (text == denoiser.mask).any() and len(trace) == len(denoiser.seen) <= passes
+    afterwards = [*(one.known for one in trace[1:]), torch.ones_like(trace[0].known)]
+    for k, (one, after, (canvas, logits)) in enumerate(zip(trace, afterwards, denoiser.seen, strict=True)):
+        assert torch.equal(canvas[:, :3], prompts) and torch.equal(one.known, canvas[:, 3:] != denoiser.mask)
+        p, guesses = logits[:, 3:].softmax(-1).max(-1)
+        assert torch.equal(one.guesses, torch.where(one.known, text, guesses)), "what stands, stands"
         stand = one.known.sum(1)
         assert (stand == length * k // passes).all() if sure > 1 else (stand >= length * k // passes).all()
-        if k + 1 < len(trace):  # of the hidden ones, the surest stand next
-            new, p = trace[k + 1].known & ~one.known, logits.softmax(-1).amax(-1)
-            least, most = p.masked_fill(~new, 2).amin(1), p.masked_fill(trace[k + 1].known, -1).amax(1)
-            assert (least >= most).all()
+        new = after & ~one.known
+        assert (after | ~one.known).all() and (after | (p < sure)).all()
+        assert (p.masked_fill(~new, 2).amin(1) >= p.masked_fill(after, -1).amax(1)).all(), "the surest stand next"
+        assert torch.equal(text[new], guesses[new])
 
 
 def test_taking_back_in_notebook_07_hides_the_least_sure_tokens_and_no_others():
-    mine = definitions("07_diffusion_language_models.ipynb")
-    torch.manual_seed(2)
-    denoiser, seen = mine["Denoiser"](11, d=16, heads=2, layers=2), []
-    denoiser.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output[:, 2:].softmax(-1))))
-    prompts, text = torch.tensor([[3, 1], [4, 1]]), torch.randint(11, (2, 6))
+    take_back, denoiser = definitions("07_diffusion_language_models.ipynb")["take_back"], Babbler()
+    prompts, text = torch.tensor([[3, 1], [4, 1]]), torch.arange(12).view(2, 6) % 11
     trust = torch.tensor([[0.9, 0.2, 0.8, 0.1, 0.7, 0.6], [0.3, 0.9, 0.9, 0.9, 0.9, 0.4]])
-    new, sure = mine["take_back"](denoiser, prompts, text, trust, 2)
+    new, sure = take_back(denoiser, prompts, text, trust, 2)
     weakest = torch.zeros(2, 6, dtype=torch.bool)
     weakest[[0, 0, 1, 1], [1, 3, 0, 5]] = True
-    (canvas, p), *more = seen
-    assert not more and torch.equal(canvas, torch.cat([prompts, text.masked_fill(weakest, denoiser.mask)], 1))
-    assert torch.equal(new, torch.where(weakest, p.argmax(-1), text))
-    torch.testing.assert_close(sure, torch.where(weakest, p.amax(-1), trust))
+    ((canvas, logits),) = denoiser.seen
+    p, guesses = logits[:, 2:].softmax(-1).max(-1)
+    assert torch.equal(canvas, torch.cat([prompts, text.masked_fill(weakest, denoiser.mask)], 1))
+    assert torch.equal(new, torch.where(weakest, guesses, text))
+    torch.testing.assert_close(sure, torch.where(weakest, p, trust))
 
 
 def test_the_widths_of_notebook_07_are_those_of_a_run_with_the_fixed_schedule(small_model):
