@@ -17,7 +17,7 @@ from minirec.training import IGNORE, TrainingConfig, depth_loss, exact_match
 
 TRAIN = (
     "train --start tiny --steps 6 --batch-tokens 700 --families words hops --learning-rate 0.003 --warmup 0 --decay 0 "
-    "--joining 0 --curriculum 0 --log-every 1 --evaluate-every 3 --evaluate-on 5 --save-every 3"
+    "--joining 0 --curriculum 0 --gradient-clip 1000 --log-every 1 --evaluate-every 3 --evaluate-on 5 --save-every 3"
 ).split()
 # as `minirec`, but process 1 writes nothing and gives up in the middle of step 5
 GIVES_UP = """
@@ -80,14 +80,16 @@ def test_two_processes_have_the_losses_and_evaluations_of_one(runs):
     assert len({row["loss"] for row in log}) == 6
 
 
-def test_two_processes_arrive_at_the_weights_of_one(runs):
+def test_two_processes_arrive_at_the_weights_and_moments_of_one(runs):
     one, two, *_ = runs
-    start = RecurrentDepthLM.from_pretrained("tiny")
-    end, other = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, two))
+    end, other = (load_file(folder / "state.safetensors") for folder in (one, two))
     assert end.keys() == other.keys()
-    for name, p in end.items():
-        torch.testing.assert_close(other[name], p, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    assert (end["transformer.wte.weight"] - start.transformer.wte.weight).abs().max() > 5e-3
+    for name, p in end.items():  # the moments tell a gradient from its half, to which the weights of AdamW are blind
+        assert (other[name] - p).norm() < 1e-4 * p.norm(), name
+    start = RecurrentDepthLM.from_pretrained("tiny").transformer.wte.weight
+    assert (end["weight.transformer.wte.weight"] - start).abs().max() > 5e-3
+    saved = load_file(two / "checkpoint" / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(saved, other["weight.transformer.wte.weight"])
 
 
 def test_one_of_two_processes_writes_and_reports(runs):
