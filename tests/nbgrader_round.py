@@ -5,6 +5,7 @@ the untouched stub; autograde both.  Full points for the one, none for the other
 """
 
 import importlib.util
+import os
 import shutil
 import sys
 import tempfile
@@ -66,5 +67,7 @@ def main(course: Path) -> bool:
 
 
 if __name__ == "__main__":
+    # nbgrader starts a program of this environment by its name alone
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(0 if main(Path(folder)) else 1)
