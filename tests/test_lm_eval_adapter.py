@@ -260,7 +260,7 @@ def test_two_processes_have_the_results_of_one(task_folder, tmp_path, monkeypatc
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = subprocess.run(
         [*launcher, "-m", "minirec.lm_eval_adapter", *command, str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("|minirec_words|") == 1, "one process reports"

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -41,7 +42,14 @@ def torchrun(*command: str) -> subprocess.CompletedProcess:
     """What two processes of this command print and return, once both have ended."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=300)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*launcher, *command], env=environment, **pipes)
+    try:
+        printed = process.communicate(timeout=900)  # against processes that wait for each other for ever
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, *printed)
 
 
 @pytest.fixture(scope="module")
