@@ -32,6 +32,7 @@ SOLVED = 0.9
 # the objective of 2502.05171: any depth, always the answer; and as many steps as needed and a few more
 PAPER = {"early": 0.0, "random": 1.0, "staged": False}
 NEEDED = {"early": 0.0, "random": 0.0, "staged": False}
+SLOWER = {"learning_rate": 1e-3}
 
 # name -> (what it changes of the training; of the shape; share of the identity put on the adapter's state half)
 VARIANTS = {
@@ -47,11 +48,11 @@ VARIANTS = {
     "the recipe, levels join one by one": ({"curriculum": 0.4}, {}, 0.0),
     "the recipe, all levels alike": ({"hardest": 0.0}, {}, 0.0),
     "the recipe, gradients through 2 steps": ({}, {"mean_backprop_depth": 2}, 0.0),
-    "the recipe, half the learning rate": ({"learning_rate": 1e-3}, {}, 0.0),
-    "the recipe, rotary base 100": ({}, {"rope_base": 100.0}, 0.0),
-    "depth by difficulty, always the answer, 3 times the steps": (NEEDED, {}, 0.0),
+    "the recipe, half the learning rate": (SLOWER, {}, 0.0),
+    "depth by the paper's rule, always the answer, half the learning rate": (PAPER | SLOWER, {}, 0.0),
+    "depth by difficulty, always the answer, half the learning rate": (NEEDED | SLOWER, {}, 0.0),
+    "the recipe, each row read four times, half the learning rate": ({"reads": 4} | SLOWER, {}, 0.0),
 }
-LONGER = {"depth by difficulty, always the answer, 3 times the steps": 3}
 
 
 def run(name: str, steps: int, seed: int, n: int) -> dict:
@@ -59,7 +60,7 @@ def run(name: str, steps: int, seed: int, n: int) -> dict:
     changes, shape, identity = VARIANTS[name]
     config = TrainingConfig(
         **{
-            "steps": steps * LONGER.get(name, 1),
+            "steps": steps,
             "batch_tokens": 1600,
             "curriculum": 0.0,
             "reads": 1,
