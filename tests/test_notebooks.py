@@ -386,3 +386,16 @@ def test_the_scheduler_of_notebook_09_makes_the_engine_s_passes_on_random_weight
         loop = mine["serve_loops"]([mine["trips"](request, 4) for request in requests], 3, mode)
         own = [one for one in passes if one.stage.name == "RECUR"]
         assert mine["schedule"](loop) == mine["schedule"](own)
+
+
+def test_the_wave_of_notebook_10_takes_the_passes_of_the_package_s(small_model):
+    passes = definitions("10_full_scale.ipynb")["passes_of_a_wave"]
+    assert passes(0.0, r=6, g=2, tokens=20) == (6, 3), "every guess wrong: autoregressive decoding"
+    model = small_model(0)
+    head = model.lm_head.weight.clone()
+    try:
+        model.lm_head.weight.data.zero_()  # every logit is 0, and so is every guess
+        wave = lossless_wavefront.generate(model, [1, 2, 3], 21, num_steps=6, guess_after=2, stop_tokens=())
+    finally:
+        model.lm_head.weight.data.copy_(head)
+    assert passes(1.0, r=6, g=2, tokens=20)[0] * 20 == wave.passes - 6
