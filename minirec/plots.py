@@ -852,7 +852,7 @@ def pass_times(machines: Mapping[str, tuple[float, float]], read: float, work: f
     ax.set(xscale="log", yscale="log", xlabel="positions in a pass", ylabel="ms a pass, at least")
     ax.grid(alpha=0.25, which="both")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left")
     return ax
 
 
@@ -869,5 +869,5 @@ def bytes_by_part(bars: Mapping[str, Mapping[str, float]]) -> Axes:
     ax.invert_yaxis()
     ax.set(xlabel="GB a token", xlim=(0, 1.1 * left.max()))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="lower right")
     return ax
