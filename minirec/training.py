@@ -12,8 +12,8 @@ is done after two steps, however hard the problem.  Two things made it use its l
     reads    a row is read and asked on its way as well, not only where it ends
 
 so that each step learns to do one step of the problem, and the steps beyond to leave the answer alone.  Several
-readings taught the later steps much faster; from random weights one reading finds the first step sooner.  The learning
-rate weighs as much as either: with half of it three levels were found in the time of one (benchmarks/results/recipe.md).
+readings taught the later steps much faster; from random weights one reading finds the first step sooner.  The
+learning rate weighs as much: half of it found three levels in the time of one (benchmarks/results/recipe.md).
 
 Every batch, depth and initial state is a function of (seed, step): a killed run resumes to the same losses, and needs
 only weights, moments and a number.  And processes that torchrun has started share the rows of a batch without a word:
