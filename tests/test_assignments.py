@@ -57,7 +57,7 @@ def exercises(notebook) -> list[str]:
     return [m["grade_id"] for cell in notebook.cells if (m := grading.marks(cell)).get("solution")]
 
 
-def tests(notebook) -> dict[str, int]:
+def points_of(notebook) -> dict[str, int]:
     return {m["grade_id"]: m["points"] for cell in notebook.cells if (m := grading.marks(cell)).get("grade")}
 
 
@@ -106,7 +106,7 @@ def test_the_marks_are_those_of_nbgrader(name):
         assert cell.source.count("### BEGIN HIDDEN TESTS") == cell.source.count("### END HIDDEN TESTS")
         assert marks["grade"] or "HIDDEN" not in cell.source
     for exercise in exercises(notebook):
-        assert any(test.startswith(exercise) for test in tests(notebook)), f"{exercise} has no test"
+        assert any(test.startswith(exercise) for test in points_of(notebook)), f"{exercise} has no test"
 
 
 def table(text: str) -> list[list[str]]:
@@ -117,7 +117,7 @@ def table(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_tables_have_the_points_of_the_tests(name):
     """The one at the head of the notebook, and the one of the README."""
-    rows, points = table(SOURCES[name].cells[0].source), tests(SOURCES[name])
+    rows, points = table(SOURCES[name].cells[0].source), points_of(SOURCES[name])
     for exercise, row in zip(exercises(SOURCES[name]), rows, strict=True):
         assert f"`{exercise}`" in row[1]
         assert int(row[2]) == sum(n for test, n in points.items() if test.startswith(exercise))
@@ -129,13 +129,13 @@ def test_the_tables_have_the_points_of_the_tests(name):
 def test_solutions_get_all_points(name):
     results, errors = grading.run(SOURCES[name], SOURCES[name])
     assert [result.error for result in results.values() if result.error is not None] == errors == []
-    assert {test: result.score for test, result in results.items()} == tests(SOURCES[name])
+    assert {test: result.score for test, result in results.items()} == points_of(SOURCES[name])
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_stubs_get_no_points_and_fail_with_not_implemented_error_alone(name):
     results, errors = grading.run(grading.student_version(SOURCES[name]), SOURCES[name])
-    assert results.keys() == tests(SOURCES[name]).keys()
+    assert results.keys() == points_of(SOURCES[name]).keys()
     for error in [*(result.error for result in results.values()), *errors]:
         assert type(error) is NotImplementedError, repr(error)
     assert sum(result.score for result in results.values()) == 0
@@ -192,7 +192,7 @@ def test_what_was_handed_in_without_a_test_or_with_a_softer_one_gets_no_points_f
     name = next(iter(SOURCES))
     source = SOURCES[name]
     exercise = exercises(source)[0]
-    mine = [test for test in tests(source) if test.startswith(exercise)]
+    mine = [test for test in points_of(source) if test.startswith(exercise)]
     handed_in = grading.student_version(source)
     for cell in handed_in.cells:
         if grading.marks(cell).get("grade_id") == mine[0]:
@@ -211,10 +211,10 @@ def test_the_command_writes_student_versions_and_grades_them(tmp_path, capsys):
     capsys.readouterr()
     name = "recurrent_block"
     grading.main(["grade", str(tmp_path / f"{name}.ipynb")])
-    total = sum(tests(SOURCES[name]).values())
+    total = sum(points_of(SOURCES[name]).values())
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.endswith(f"{name}.ipynb: 0 of {total} points")
-    assert len(lines) == len(tests(SOURCES[name])) and all("NotImplementedError" in line for line in lines)
+    assert len(lines) == len(points_of(SOURCES[name])) and all("NotImplementedError" in line for line in lines)
 
 
 def test_a_notebook_of_another_kind_is_refused(tmp_path):

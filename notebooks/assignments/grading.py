@@ -106,7 +106,7 @@ def source_of(submission):
     """The source of what was handed in, recognised by its test cells; ValueError if it is none of ours."""
 
     def tests(notebook) -> set[str]:
-        return {marks(cell)["grade_id"] for cell in notebook.cells if marks(cell).get("grade_id")}
+        return {marks(cell)["grade_id"] for cell in notebook.cells if marks(cell).get("grade")}
 
     for path in SOURCES:
         source = nbformat.read(path, as_version=4)
