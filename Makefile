@@ -29,12 +29,12 @@ test-all: $(READY) ## run all tests, the slow ones too, then every notebook
 assignments: $(READY) ## write the students' versions of the assignments, into student/
 	$(BIN)/python notebooks/assignments/grading.py student student
 
-test-nbgrader: .venv-nbgrader ## let nbgrader make and grade the assignments, in an environment of its own
+test-nbgrader: .venv-nbgrader/.minirec-ready ## let nbgrader make and grade the assignments, in an environment of its own
 	.venv-nbgrader/bin/python tests/nbgrader_round.py
 
-.venv-nbgrader: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install -e ".[assignments]" -c constraints.txt
+.venv-nbgrader/.minirec-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-nbgrader
+	.venv-nbgrader/bin/python -m pip install -e ".[assignments]" -c constraints.txt
 	@touch $@
 
 # lm-eval brings some 600 MB of libraries that nothing else here needs, so it has an environment of its own.
