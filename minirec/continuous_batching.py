@@ -356,7 +356,8 @@ class Engine:
         if not all(new):  # by diffusion forcing a token may change and its state go on
             s = torch.where(upload(new, s.device)[:, None, None], s, at.read(self.grid.state))
         at.write(self.grid.state, s)
-        at.write(self.before, s)
+        if self.mode == "wavefront":
+            at.write(self.before, s)
         for slot in slots:
             slot.new, slot.stage = 0, Stage.RECUR
         self._count(Stage.PRELUDE, slots, len(at.positions))

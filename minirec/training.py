@@ -169,8 +169,10 @@ def depth_loss(
         if left - 1 in reads:
             logits, asked = model.coda(s), asked_for(labels, depths, left)  # (started, T, V), (started, T)
             loss = F.cross_entropy(logits.flatten(0, 1), asked.flatten(), ignore_index=IGNORE, reduction="sum")
-            losses.append(loss / (asked_for(all_labels, all_depths, left) != IGNORE).sum())
-    return torch.stack(losses).sum() / sum(read < int(all_depths.max()) for read in set(reads))
+            of_all = asked if whole is None else asked_for(all_labels, all_depths, left)
+            losses.append(loss / (of_all != IGNORE).sum())
+    deepest = int(all_depths.max())
+    return torch.stack(losses).sum() / sum(read < deepest for read in set(reads))
 
 
 def asked_for(labels: Tensor, depths: Tensor, left: int) -> Tensor:
@@ -350,7 +352,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
         state = model.initial_state(positions, seed=config.run(step) * len(tokens) + own[:, None])
         backprop = model.config.mean_backprop_depth
         batch = tokens[own], labels[..., own, :], depths[own], backprop, state, data.reads(step, backprop)
-        loss = objective(*batch, (labels, depths))
+        loss = objective(*batch, (labels, depths) if world > 1 else None)
         optimizer.zero_grad()
         (loss * world).backward()  # the gradients of the shares add up, and DistributedDataParallel takes their mean
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
