@@ -39,7 +39,7 @@ import torch
 from minirec.adaptive_exit import latent_diff
 from minirec.decoding import Generation, Grid, Options, as_rows, check_counts, check_request
 from minirec.diffusion_forcing import Front
-from minirec.kv_cache import bytes_per_token, upload
+from minirec.kv_cache import Cells, bytes_per_token, upload
 from minirec.lossless_wavefront import next_wave
 from minirec.recurrent_block import RecurrentDepthLM
 from minirec.token_choice import TokenChoice
@@ -202,6 +202,7 @@ class Engine:
         self.free = list(range(slots))[::-1]
         self.passes, self.cells = Counter(), Counter()  # by stage
         self.slots_in = Counter()  # slots in all passes, by stage
+        self._at: Cells | None = None
         self._events: deque[Event] = deque()
         self._to_cancel: set[int] = set()
         self._lock, self._ids = threading.Lock(), itertools.count()
@@ -333,7 +334,9 @@ class Engine:
         """The cells of some slots, or the new ones among them."""
         first = {s.row: len(s.tokens) - s.new if newest else 0 for s in slots}
         cells = [(s.row, s.start + i) for s in slots for i in range(first[s.row], len(s.tokens))]
-        return self.grid.cells(*map(list, zip(*cells, strict=True)))
+        if self._at is None or self._at.cells != cells:  # often they are those of the pass before
+            self._at = self.grid.cells(*map(list, zip(*cells, strict=True)))
+        return self._at
 
     def _count(self, stage: Stage, slots: list[Slot], cells: int) -> None:
         self.passes[stage] += 1

@@ -23,12 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minirec.config import RecurrentConfig
+
+COPIED = 24_576  # numbers of a cell's keys up to which a CPU copies them faster than it makes one more call (measured)
+FEW = 8  # cells of a row up to which it shares a call with others that have fewer
 
 
 def bytes_per_token(
@@ -76,27 +81,29 @@ class Diagonal:
         return Diagonal(tuple(d + steps for d in self.cells), tuple((i, n, d + steps, f) for i, n, d, f in self.runs))
 
 
-def _attend_run(
-    keys: Tensor, values: Tensor, depth: int, fall: int, start: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
-) -> Tensor:
-    """Store and attend for one run: keys, values (slots, H, L, c) of its row; q, k, v (H, n, c) -> (n, H, c).
+def _attend_run(keys: Tensor, values: Tensor, depth: int, fall: int, end: int, q: Tensor, mask: Tensor) -> Tensor:
+    """Attend for one run of cells, stored already: keys, values (slots, H, L, c) of its row, q (n, H, c) -> (n, H, c).
 
-    start: position of its first cell; mask (n, end or more) additive.
+    end: one past the position of its last cell; mask (n, end or more) additive.
     """
-    n, end, stored = q.shape[1], start + q.shape[1], len(keys) - 1 - depth
-    mask = None if n == 1 else mask[:, :end]
+    n, stored = len(q), len(keys) - 1 - depth
     if fall == 0:  # all in one slot: a little window
-        ks, vs = keys[stored], values[stored]  # (H, L, c)
-        ks[:, start:end], vs[:, start:end] = k, v
-        y = F.scaled_dot_product_attention(q[None], ks[None, :, :end], vs[None, :, :end], attn_mask=mask)
-        return y[0].transpose(0, 1)
+        keys, values = keys[stored, None, :, :end], values[stored, None, :, :end]  # (1, H, end, c)
+        mask = None if n == 1 else mask[:, :end]
+        return F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask)[0].transpose(0, 1)
     steps = slice(stored, stored + (n - 1) * fall + 1, fall)
-    ks, vs = keys[steps], values[steps]  # (n, H, L, c): all positions, as each cell's step sees them
-    # (H, c, n): step i at position start + i
-    ks.diagonal(start, 0, 2).copy_(k.transpose(1, 2))
-    vs.diagonal(start, 0, 2).copy_(v.transpose(1, 2))
-    mask, one = mask[:, None, None], q.transpose(0, 1)[:, :, None]  # (n, 1, 1, end), (n, H, 1, c)
-    return F.scaled_dot_product_attention(one, ks[:, :, :end], vs[:, :, :end], attn_mask=mask)[:, :, 0]
+    keys, values = keys[steps, :, :end], values[steps, :, :end]  # (n, H, end, c): as each cell's step sees them
+    mask = mask[:, None, None, :end]  # (n, 1, 1, end)
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+
+
+def _store_run(kept: Tensor, depth: int, fall: int, start: int, new: Tensor) -> None:
+    """Put keys or values (H, n, c) of a run that begins at position `start` into its row's (slots, H, L, c)."""
+    n, stored = new.shape[1], len(kept) - 1 - depth
+    if fall == 0:
+        kept[stored, :, start : start + n] = new
+    else:  # (H, c, n): step i at position start + i
+        kept[stored : stored + (n - 1) * fall + 1 : fall].diagonal(start, 0, 2).copy_(new.transpose(1, 2))
 
 
 class KVCache:
@@ -140,6 +147,11 @@ class KVCache:
         # the same memory as (keys, values), (B, H, L, c) each, of every layer and slot: a step looks them up
         self.views = {
             name: [[tuple(kv[:, layer, slot]) for slot in reversed(range(kv.shape[2]))] for layer in range(kv.shape[1])]
+            for name, kv in self.parts.items()
+        }
+        # and (slots, H, L, c) each, of every layer and row
+        self.of_row = {
+            name: [[tuple(kv[:, layer, :, row]) for row in range(batch)] for layer in range(kv.shape[1])]
             for name, kv in self.parts.items()
         }
 
@@ -241,16 +253,17 @@ class Window:
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, is_causal=self.causal)
             return y.transpose(1, 2)
         # every cell at its own depth: let the cells be the batch of the attention
-        keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
         if isinstance(slot, Diagonal):
-            parts = [
-                _attend_run(
-                    keys[:, 0], values[:, 0], depth, fall, self.start + first,
-                    *(x[0, :, first : first + n] for x in (q, k, v)), self.mask[0, 0, first : first + n],
-                )
-                for first, n, depth, fall in slot.runs
-            ]  # fmt: skip
+            keys, values = self.cache.of_row[part][layer][0]  # (slots, H, L, c) each
+            parts = []
+            for first, n, depth, fall in slot.runs:
+                run, start = slice(first, first + n), self.start + first
+                _store_run(keys, depth, fall, start, k[0, :, run])
+                _store_run(values, depth, fall, start, v[0, :, run])
+                mask = self.mask[0, 0, run]
+                parts.append(_attend_run(keys, values, depth, fall, start + n, q[0, :, run].transpose(0, 1), mask))
             return torch.cat(parts)[None]  # (1, W, H, c)
+        keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
         slot = self.cache.slots - 1 - slot  # as stored
         positions = self.positions.expand(slot.shape)  # (B, W)
         keys[slot, self.rows, :, positions] = k.transpose(1, 2)
@@ -273,7 +286,6 @@ class Cells(Window):
     def __init__(self, cache: KVCache, rows: list[int], positions: list[int], rope: Tensor):
         self.cache, self.width, self.start, self.end = cache, 1, None, max(positions) + 1
         self.cells = list(zip(rows, positions, strict=True))
-        self.starts = {i for i, (row, p) in enumerate(self.cells) if i == 0 or self.cells[i - 1] != (row, p - 1)}
         self._rows, self.positions = torch.tensor([rows, positions], device=rope.device)[..., None]  # (N, 1) each
         self.rope = rope[self.positions]  # (N, 1, 1, 1, c/2)
         self.mask = torch.where(cache.index[: self.end] <= self.positions, cache.shown, cache.hidden)  # (N, end)
@@ -283,25 +295,84 @@ class Cells(Window):
         """Row numbers (N, 1)."""
         return self._rows
 
-    def depths(self, depths: list[int]) -> Diagonal:
+    def depths(self, depths: list[int]) -> int | Diagonal:
         """What `recur` takes as the depths of these cells."""
-        return Diagonal.of(depths, self.starts)
+        return depths[0] if len(set(depths)) == 1 else self._diagonal(depths)
+
+    def _diagonal(self, depths: list[int]) -> Diagonal:
+        starts = {i for i, (row, p) in enumerate(self.cells) if i == 0 or self.cells[i - 1] != (row, p - 1)}
+        return Diagonal.of(depths, starts)
+
+    @cached_property
+    def _level(self) -> Diagonal:
+        return self._diagonal([0] * len(self.cells))
+
+    @cached_property
+    def _few(self) -> Group:
+        return Group(self, FEW)
+
+    @cached_property
+    def _alone(self) -> Group:
+        return Group(self, 1)
 
     def attend(self, part: str, layer: int, slot: int | Diagonal | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store each cell's k and v, then let it attend to its own row: (N, H, 1, c) each -> (N, 1, H, c).
 
-        Run by run, on views.  With int64 slots it gathers: one copy of all that is read, but no loop over runs.
+        In as few calls as can be.  All in one slot: one for the rows with few cells.  In several: one for the rows with
+        a single one, which copies what it reads.  And one for every run that is left.  int64 slots: a copy of all.
         """
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
-        if isinstance(slot, Tensor):
-            stored, rows, positions = len(keys) - 1 - slot.flatten(), self._rows[:, 0], self.positions[:, 0]  # (N,)
-            keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
-            keys, values = keys[stored, rows, :, : self.end], values[stored, rows, :, : self.end]  # (N, H, end, c)
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask[:, None, None]).transpose(1, 2)
-        parts = []
-        for first, n, depth, fall in (self.depths([slot] * len(q)) if isinstance(slot, int) else slot).runs:
-            row, start = self.cells[first]
-            own = (x[first : first + n, :, 0].transpose(0, 1) for x in (q, k, v))  # (H, n, c) each
-            mask = self.mask[first : first + n]
-            parts.append(_attend_run(keys[:, row], values[:, row], depth, fall, start, *own, mask))
-        return torch.cat(parts)[:, None]  # (N, 1, H, c)
+        rows, positions, q = self._rows[:, 0], self.positions[:, 0], q[:, :, 0]  # (N,), (N,), (N, H, c)
+        if isinstance(slot, int):
+            group, runs, stored = self._few, (self._level + slot).runs, len(keys) - 1 - slot
+            together, where = group.cells, group.where
+        elif isinstance(slot, Diagonal):
+            group, runs, stored = self._alone, slot.runs, len(keys) - 1 - upload(slot.cells, q.device)  # (N,)
+            copies = q.device.type != "cpu" or q[0].numel() * self.end <= COPIED
+            together, where = (group.cells, group.where) if copies else ([], group.where)
+        else:
+            runs, stored = (), len(keys) - 1 - slot[:, 0]
+            together, where = range(len(q)), slice(None)
+        keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
+        keys, values, y = keys[..., : self.end, :], values[..., : self.end, :], torch.empty_like(q)
+        if together and isinstance(slot, int):
+            y[where] = group.attend(keys[stored], values[stored], q[where])
+        elif together:
+            here = stored[where] * keys.shape[1] + rows[where]
+            ks, vs = (x.flatten(0, 1).index_select(0, here) for x in (keys, values))  # (n, H, end, c) each
+            shown = self.mask[where, None, None]  # (n, 1, 1, end)
+            y[where] = F.scaled_dot_product_attention(q[where, :, None], ks, vs, attn_mask=shown)[:, :, 0]
+        for first, n, depth, fall in runs:
+            if first not in together:
+                (row, start), run = self.cells[first], slice(first, first + n)
+                own = self.cache.of_row[part][layer][row]  # (slots, H, L, c) each
+                y[run] = _attend_run(*own, depth, fall, start + n, q[run], self.mask[run])
+        return y[:, None]
+
+
+class Group:
+    """The cells of those rows that have at most `limit`; none, if it is one row only: they share one call."""
+
+    def __init__(self, at: Cells, limit: int):
+        cells_of: dict[int, list[int]] = {}
+        for i, (row, _) in enumerate(at.cells):
+            cells_of.setdefault(row, []).append(i)
+        few = [cells for cells in cells_of.values() if len(cells) <= limit]
+        self.cells = list(chain.from_iterable(few)) if len(few) > 1 else []
+        self.where: slice | Tensor = slice(None)  # to pick them
+        if self.cells:
+            column = [column for cells in few for column in range(len(cells))]  # from the left in its row
+            where, self.column = upload([self.cells, column], at.rope.device)  # (n,) each
+            if len(self.cells) < len(at.cells):
+                self.where = where
+            self.rows = at.rows[self.where, 0]  # (n,)
+            # (B, W, end); rows that are not here see everything, and nobody asks what
+            self.mask = at.mask.new_zeros(at.cache.batch, max(column) + 1, at.end)
+            self.mask[self.rows, self.column] = at.mask[self.where]
+
+    def attend(self, keys: Tensor, values: Tensor, q: Tensor) -> Tensor:
+        """Keys and values (B, H, end, c) of one slot, read where they are; q (n, H, c) -> (n, H, c)."""
+        window = q.new_zeros(len(keys), q.shape[1], self.mask.shape[1], q.shape[2])  # (B, H, W, c)
+        window[self.rows, :, self.column] = q
+        y = F.scaled_dot_product_attention(window, keys, values, attn_mask=self.mask[:, None])
+        return y[self.rows, :, self.column]
