@@ -193,14 +193,16 @@ def _loop(
     before, exited = s, None
     for step in range(1, grid.num_steps + 1):
         before = s if exited is None else torch.where(exited, before, s)  # what goes into the step
-        s = grid.recur(before, e, at, grid.depths([[min(step, n) - 1] * at.width for n in ran]))
+        depths = step - 1 if exited is None else grid.depths([[min(step, n) - 1] * at.width for n in ran])
+        s = grid.recur(before, e, at, depths)
         if step not in checks:
             continue
         new = s if reads == "state" else grid.decode(s, at, only=last)  # (B, W, d) or (B, 1, V)
         if previous is not None:
-            change = (measure(previous, new) * weights).sum(1)  # (B,)
-            for row, below in enumerate((change < limit).tolist()):  # the one synchronisation of the step
-                calm[row] = calm[row] + 1 if below else 0
+            change = measure(previous, new)  # (B, W) or (B, 1)
+            change = change[:, 0] if lengths is None else (change * weights).sum(1)  # (B,)
+            for row, moved in enumerate(change.tolist()):  # the one synchronisation of the step
+                calm[row] = calm[row] + 1 if moved < limit else 0
                 if calm[row] >= needed and not grid.finished[row]:
                     ran[row] = min(ran[row], step)
             if all(n <= step or done for n, done in zip(ran, grid.finished, strict=True)):
