@@ -5,7 +5,8 @@
 Every problem is solved by every sampler before the next problem begins, and the order rotates: all rows of a family
 come from one run and share the machine's ups and downs.  Ratios are taken problem by problem, against autoregressive
 decoding at the checkpoint's default depth and at the smallest depth with the full accuracy, which this run looks for:
-the default may be more than the problems need, and then part of a speed-up could be had by just looping less.
+the default may be more than the problems need, and then part of a speed-up could be had by just looping less.  The
+samplers are run with that smallest depth as their most, too.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ REFERENCE, DEFAULTS = "autoregressive", "diffusion forcing, defaults of this che
 PARTS = {"prelude": "embed", "recurrent block": "recur", "coda": "decode"}  # part of a step -> the function that is it
 
 
-def samplers(default_depth: int) -> dict[str, tuple[Callable, dict]]:
-    """Name -> (sampler, its arguments); what a row does not name is the default (diffusion: the checkpoint's)."""
+def samplers(default_depth: int, smallest: set[int]) -> dict[str, tuple[Callable, dict]]:
+    """Name -> (sampler, its arguments); what a row does not name is the default (diffusion: the checkpoint's).
+
+    smallest: depths that are enough, of this family or of all together.
+    """
     rows = {at_depth(default_depth): (autoregressive.generate, {})}
     rows |= {at_depth(d): (autoregressive.generate, {"num_steps": d}) for d in DEPTHS if d < default_depth}
     exits = {"latent-diff": (0.03, 0.1, 0.2, 0.4), "kl": (1e-3, 1e-1), "argmax-stability": (2,)}
@@ -53,6 +57,15 @@ def samplers(default_depth: int) -> dict[str, tuple[Callable, dict]]:
         + [{"kv": "shared"}, {"max_wavefront": 4}, {"continuous_compute": True}, {"freeze": "last"}]
         + [{"schedule": s} for s in ("acceleration", "token-stability", "fixed")],
     }
+    for depth in sorted(smallest - {default_depth}):
+        at_most = {"num_steps": depth}
+        variants[adaptive_exit] += [
+            {"threshold": 0.4, **at_most},
+            {"threshold": 0.4, "exit_in_prefill": True, **at_most},
+        ]
+        variants[speculative] += [{"draft_steps": d, "lookahead": 4, **at_most} for d in (1, 2) if d < depth]
+        variants[lossless_wavefront] += [{"guess_after": g, **at_most} for g in (1, 2) if g <= depth]
+        variants[diffusion_forcing] += [{"exit_threshold": x, **at_most} for x in (0.2, 0.4)]
     rows[DEFAULTS] = (diffusion_forcing.generate, {})
     for module, settings in variants.items():
         for options in settings:
@@ -140,6 +153,13 @@ def summary(row: list[tuple[float, Generation]], base: list[tuple[float, Generat
         "decodes_per_token": sum(g.decodes for g in generations) / tokens,
         "depth": spread(d for g in generations for d in g.depth),
     }
+
+
+def solved_at(model: RecurrentDepthLM, problems: list[Problem], depth: int) -> int:
+    """How many of the problems autoregressive decoding at a depth solves."""
+    room = max(len(p.target) for p in problems) + 16
+    generations = autoregressive.generate(model, [p.prompt for p in problems], room, num_steps=depth)
+    return sum(p.is_correct(g.tokens) for p, g in zip(problems, generations, strict=True))
 
 
 def smallest_full_depth(correct: dict[int, int], default: int, n: int) -> int:
@@ -244,16 +264,22 @@ def main(argv: list[str] | None = None) -> None:
         f"problems of each family, {f'level {args.level}' if args.level else 'all trained levels'}. "
         f"Diffusion forcing by default: {', '.join(f'{k} {v}' for k, v in settings.items())}."
     )
-    families, samplers_ = {}, samplers(default)
-    solved = {family: run(model, some, samplers_) for family, some in problems.items()}
+    depths = [d for d in (*DEPTHS, default) if d <= default]
+    correct = {family: {d: solved_at(model, some, d) for d in depths} for family, some in problems.items()}
     if len(problems) > 1:  # one setting for all of them, as who doesn't know what comes has to choose
-        solved[ALL] = {name: [x for results in solved.values() for x in results[name]] for name in samplers_}
         problems[ALL] = [p for some in problems.values() for p in some]
+        correct[ALL] = {d: sum(of_family[d] for of_family in correct.values()) for d in depths}
+    smallest = {family: smallest_full_depth(correct[family], default, len(some)) for family, some in problems.items()}
+    families, solved, samplers_ = {}, {}, {}
+    for family in args.families:
+        rows = samplers(default, {smallest[family], smallest.get(ALL, default)})
+        solved[family], samplers_ = run(model, problems[family], rows), samplers_ | rows
+    if ALL in problems:
+        common = [name for name in samplers_ if all(name in results for results in solved.values())]
+        solved[ALL] = {name: [x for results in solved.values() for x in results[name]] for name in common}
     for family, some in problems.items():
-        results = solved[family]
+        results, depth = solved[family], smallest[family]
         rows = {name: summary(row, results[at_depth(default)], some) for name, row in results.items()}
-        correct = {d: rows[at_depth(d)]["correct"] for d in (*DEPTHS, default) if at_depth(d) in rows}
-        depth = smallest_full_depth(correct, default, len(some))
         for name, row in rows.items():
             over_smallest = summary(results[name], results[at_depth(depth)], some)
             row["speed_up_over_smallest"] = over_smallest["speed_up"]
