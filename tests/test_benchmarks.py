@@ -222,12 +222,12 @@ def test_samplers_reports_every_setting_of_every_family_from_one_run(samplers, s
         assert kinds == own and samplers.DEFAULTS in rows
         reference = rows[samplers.at_depth(12)]
         assert reference["same_tokens"] == 1 and set(reference["speed_up"].values()) == {1}
-        for depth in (*samplers.DEPTHS, 12):
-            row = rows[samplers.at_depth(depth)]
-            assert row["passes_per_token"] == depth and row["decodes_per_token"] == 1
-            assert row["depth"]["min"] == row["depth"]["max"] == depth
+        for r in (*samplers.DEPTHS, 12):
+            row = rows[samplers.at_depth(r)]
+            assert row["passes_per_token"] == r and row["decodes_per_token"] == 1
+            assert row["depth"]["min"] == row["depth"]["max"] == r
             # a prelude and a coda layer and one core layer a step; keys and values; d = 96; 4 bytes
-            assert row["kv_bytes"] == (2 + depth) * 2 * 96 * 4
+            assert row["kv_bytes"] == (2 + r) * 2 * 96 * 4
         for name, row in rows.items():
             if name.startswith(("speculative", "lossless")):
                 most = int(name.partition("num_steps ")[2] or 12)
