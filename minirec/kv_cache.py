@@ -351,28 +351,30 @@ class Cells(Window):
 
 
 class Group:
-    """The cells of those rows that have at most `limit`; none, if it is one row only: they share one call."""
+    """The cells of those rows that have at most `limit`, to share one call; none, if it is a single row."""
 
     def __init__(self, at: Cells, limit: int):
         cells_of: dict[int, list[int]] = {}
         for i, (row, _) in enumerate(at.cells):
             cells_of.setdefault(row, []).append(i)
         few = [cells for cells in cells_of.values() if len(cells) <= limit]
-        self.cells = list(chain.from_iterable(few)) if len(few) > 1 else []
-        self.where: slice | Tensor = slice(None)  # to pick them
-        if self.cells:
-            column = [column for cells in few for column in range(len(cells))]  # from the left in its row
-            where, self.column = upload([self.cells, column], at.rope.device)  # (n,) each
-            if len(self.cells) < len(at.cells):
-                self.where = where
-            self.rows = at.rows[self.where, 0]  # (n,)
-            # (B, W, end); rows that are not here see everything, and nobody asks what
-            self.mask = at.mask.new_zeros(at.cache.batch, max(column) + 1, at.end)
-            self.mask[self.rows, self.column] = at.mask[self.where]
+        self.at, self.cells = at, list(chain.from_iterable(few)) if len(few) > 1 else []
+        self.column = [column for cells in few for column in range(len(cells))]  # of a cell, from the left in its row
+        everyone = len(self.cells) in (0, len(at.cells))
+        self.where = slice(None) if everyone else upload(self.cells, at.rope.device)  # to pick them
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In a window of all rows: row (n,) and column (n,) of each cell, and what each place sees (B, 1, W, end)."""
+        rows, columns = self.at.rows[self.where, 0], upload(self.column, self.at.rope.device)
+        # rows that are not here see everything, and nobody asks what
+        mask = self.at.mask.new_zeros(self.at.cache.batch, 1, max(self.column) + 1, self.at.end)
+        mask[rows, 0, columns] = self.at.mask[self.where]
+        return rows, columns, mask
 
     def attend(self, keys: Tensor, values: Tensor, q: Tensor) -> Tensor:
         """Keys and values (B, H, end, c) of one slot, read where they are; q (n, H, c) -> (n, H, c)."""
-        window = q.new_zeros(len(keys), q.shape[1], self.mask.shape[1], q.shape[2])  # (B, H, W, c)
-        window[self.rows, :, self.column] = q
-        y = F.scaled_dot_product_attention(window, keys, values, attn_mask=self.mask[:, None])
-        return y[self.rows, :, self.column]
+        rows, columns, mask = self.places
+        window = q.new_zeros(len(keys), q.shape[1], mask.shape[2], q.shape[2])  # (B, H, W, c)
+        window[rows, :, columns] = q
+        return F.scaled_dot_product_attention(window, keys, values, attn_mask=mask)[rows, :, columns]
