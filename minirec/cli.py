@@ -160,7 +160,7 @@ What to look at next
 def _print_comparison(problems: list[tasks.Problem], runs: dict) -> None:
     """The demo's table. runs: sampler -> (generation, seconds) of every problem; the first counts as 1."""
     columns = [["exact match of the answer", "same tokens as autoregressive", "recurrent-block passes per token"]]
-    columns[0] += ["prelude/coda calls per token", "tokens per second", "speed-up", "speed-up, median of the problems"]
+    columns[0] += ["coda calls per token", "tokens per second", "speed-up", "speed-up, median of the problems"]
     reference = next(iter(runs.values()))
     rates = [[len(g.tokens) / seconds for g, seconds in done] for done in runs.values()]  # tokens/s of every problem
     totals = [sum(len(g.tokens) for g, _ in done) for done in runs.values()]
@@ -194,7 +194,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.stats:
         print(
             f"{n} tokens in {seconds:.2f} s ({n / seconds:.0f} tokens/s), {generation.passes} recurrent-block passes "
-            f"({generation.passes / n:.2f} a token), {generation.decodes} prelude/coda calls; recurrence steps of a "
+            f"({generation.passes / n:.2f} a token), {generation.decodes} coda calls; recurrence steps of a "
             f"token: mean {statistics.mean(generation.depth):.1f}, {min(generation.depth)} to {max(generation.depth)}",
             file=sys.stderr,
         )

@@ -109,7 +109,7 @@ def test_demo_shows_answers_and_a_table_and_draws_the_picture(minirec_, tmp_path
         assert table["same tokens as autoregressive"][column] == f"{same}/2"
         passes, calls = sum(g.passes for g in generations) / tokens, sum(g.decodes for g in generations) / tokens
         assert table["recurrent-block passes per token"][column] == f"{passes:.2f}"
-        assert table["prelude/coda calls per token"][column] == f"{calls:.2f}"
+        assert table["coda calls per token"][column] == f"{calls:.2f}"
         for p, g in zip(problems, generations, strict=True):
             assert p.text in out and f"the right answer is {p.answer}" in out
             assert task_tokenizer().decode(g.tokens) in out
