@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from minirec import RecurrentConfig, checkpoint, tokenizer
 from minirec.tokenizer import (
@@ -229,6 +230,24 @@ def test_a_template_may_know_its_roles(folder):
 def test_special_tokens_may_be_objects(folder):
     write(folder, chat_template="{{ bos_token }}" + CHATML, bos_token={"content": "<|begin_text|>", "lstrip": False})
     assert read(folder).render(TALK).startswith("<|begin_text|><|im_start|>system\n")
+
+
+def test_lines_that_only_steer_a_template_leave_nothing(folder):
+    lines = (
+        "{% for m in messages %}\n  {% if m.content %}\n{{ m.role }}: {{ m.content }}\n  {% endif %}\n{% endfor %}\n"
+    )
+    write(folder, chat_template=lines + "{% if add_generation_prompt %}\nassistant: {% endif %}")
+    assert read(folder).render([{"role": "user", "content": "Hi"}]) == "user: Hi\nassistant: "
+
+
+def test_a_tokenizer_that_begins_texts_does_not_begin_a_conversation_twice(folder):
+    begins = read_tokenizer(folder)
+    begins.post_processor = processors.TemplateProcessing(
+        single="<|begin_text|> $A", special_tokens=[("<|begin_text|>", huginn_special_ids(320)["begin_text"])]
+    )
+    begins.save(str(folder / "tokenizer.json"))
+    encoded = read(folder).encode(TALK)
+    assert encoded.count(huginn_special_ids(320)["begin_text"]) == 1
 
 
 def test_a_template_in_a_file_of_its_own_comes_first(folder):
