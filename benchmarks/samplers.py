@@ -79,19 +79,24 @@ def at_depth(depth: int) -> str:
     return f"{REFERENCE}, r = {depth}"
 
 
+def room(problems: list[Problem]) -> int:
+    """New tokens to ask for: past the longest solution, for one that goes astray."""
+    return max(len(p.target) for p in problems) + 16
+
+
 def run(model: RecurrentDepthLM, problems: list[Problem], rows: dict) -> dict[str, list[tuple[float, Generation]]]:
     """Seconds and result of every sampler on every problem."""
-    room = max(len(p.target) for p in problems) + 16  # past the longest solution, for one that goes astray
+    new = room(problems)
     results = {name: [] for name in rows}
     order = list(rows)
     for generate, options in rows.values():  # warm-up
-        generate(model, problems[0].prompt, room, **options)
+        generate(model, problems[0].prompt, new, **options)
     for problem in tqdm(problems, disable=None, desc="problems"):
         with no_garbage_collection():
             for name in order:
                 generate, options = rows[name]
                 start = time.perf_counter()
-                generation = generate(model, problem.prompt, room, **options)
+                generation = generate(model, problem.prompt, new, **options)
                 results[name].append((time.perf_counter() - start, generation))
         order.append(order.pop(0))
     return results
@@ -120,7 +125,7 @@ def shares(model: RecurrentDepthLM, problems: list[Problem], row: tuple[Callable
             setattr(Grid, name, timed(part, originals[part]))
         start = time.perf_counter()
         for problem in problems:
-            generate(model, problem.prompt, len(problem.target) + 16, **options)
+            generate(model, problem.prompt, room([problem]), **options)
         whole = time.perf_counter() - start
     finally:
         for part, name in PARTS.items():
@@ -157,8 +162,8 @@ def summary(row: list[tuple[float, Generation]], base: list[tuple[float, Generat
 
 def solved_at(model: RecurrentDepthLM, problems: list[Problem], depth: int) -> int:
     """How many of the problems autoregressive decoding at a depth solves."""
-    room = max(len(p.target) for p in problems) + 16
-    generations = autoregressive.generate(model, [p.prompt for p in problems], room, num_steps=depth)
+    prompts = [p.prompt for p in problems]
+    generations = autoregressive.generate(model, prompts, room(problems), num_steps=depth)
     return sum(p.is_correct(g.tokens) for p, g in zip(problems, generations, strict=True))
 
 

@@ -21,7 +21,7 @@ written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from minirec.config import RecurrentConfig
 
-COPIED = 24_576  # numbers of a cell's keys up to which a CPU copies them faster than it makes one more call (measured)
+COPIED = 24_576  # numbers of a cell's keys up to which a Xeon core copied them faster than it made one more call
 FEW = 8  # cells of a row up to which it shares a call with others that have fewer
 
 
@@ -49,7 +49,7 @@ def bytes_per_token(
     return 2 * calls * config.n_embd * dtype.itemsize
 
 
-def upload(values: list, device: torch.device | str) -> Tensor:
+def upload(values: Sequence, device: torch.device | str) -> Tensor:
     """A small tensor from Python numbers; the host does not wait until a GPU has come as far."""
     return torch.tensor(values).to(device, non_blocking=True)
 
@@ -297,15 +297,17 @@ class Cells(Window):
 
     def depths(self, depths: list[int]) -> int | Diagonal:
         """What `recur` takes as the depths of these cells."""
-        return depths[0] if len(set(depths)) == 1 else self._diagonal(depths)
-
-    def _diagonal(self, depths: list[int]) -> Diagonal:
-        starts = {i for i, (row, p) in enumerate(self.cells) if i == 0 or self.cells[i - 1] != (row, p - 1)}
-        return Diagonal.of(depths, starts)
+        return depths[0] if len(set(depths)) == 1 else Diagonal.of(depths, self._starts)
 
     @cached_property
-    def _level(self) -> Diagonal:
-        return self._diagonal([0] * len(self.cells))
+    def _starts(self) -> set[int]:
+        """The cells that are not the right neighbour of the one before."""
+        return {i for i, (row, p) in enumerate(self.cells) if i == 0 or self.cells[i - 1] != (row, p - 1)}
+
+    @cached_property
+    def _level(self) -> tuple[tuple[int, int], ...]:
+        """The runs of cells that are all at one depth: (first cell, cells)."""
+        return tuple((first, n) for first, n, _, _ in Diagonal.of([0] * len(self.cells), self._starts).runs)
 
     @cached_property
     def _few(self) -> Group:
@@ -324,14 +326,14 @@ class Cells(Window):
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
         rows, positions, q = self._rows[:, 0], self.positions[:, 0], q[:, :, 0]  # (N,), (N,), (N, H, c)
         if isinstance(slot, int):
-            group, runs, stored = self._few, (self._level + slot).runs, len(keys) - 1 - slot
+            group, stored = self._few, len(keys) - 1 - slot
             together, where = group.cells, group.where
         elif isinstance(slot, Diagonal):
-            group, runs, stored = self._alone, slot.runs, len(keys) - 1 - upload(slot.cells, q.device)  # (N,)
+            group, stored = self._alone, len(keys) - 1 - upload(slot.cells, q.device)  # (N,)
             copies = q.device.type != "cpu" or q[0].numel() * self.end <= COPIED
             together, where = (group.cells, group.where) if copies else ([], group.where)
         else:
-            runs, stored = (), len(keys) - 1 - slot[:, 0]
+            stored = len(keys) - 1 - slot[:, 0]
             together, where = range(len(q)), slice(None)
         keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
         keys, values, y = keys[..., : self.end, :], values[..., : self.end, :], torch.empty_like(q)
@@ -342,11 +344,13 @@ class Cells(Window):
             ks, vs = (x.flatten(0, 1).index_select(0, here) for x in (keys, values))  # (n, H, end, c) each
             shown = self.mask[where, None, None]  # (n, 1, 1, end)
             y[where] = F.scaled_dot_product_attention(q[where, :, None], ks, vs, attn_mask=shown)[:, :, 0]
-        for first, n, depth, fall in runs:
-            if first not in together:
-                (row, start), run = self.cells[first], slice(first, first + n)
-                own = self.cache.of_row[part][layer][row]  # (slots, H, L, c) each
-                y[run] = _attend_run(*own, depth, fall, start + n, q[run], self.mask[run])
+        if len(together) < len(q):
+            runs = slot.runs if isinstance(slot, Diagonal) else [(first, n, slot, 0) for first, n in self._level]
+            for first, n, depth, fall in runs:
+                if first not in together:
+                    (row, start), run = self.cells[first], slice(first, first + n)
+                    own = self.cache.of_row[part][layer][row]  # (slots, H, L, c) each
+                    y[run] = _attend_run(*own, depth, fall, start + n, q[run], self.mask[run])
         return y[:, None]
 
 

@@ -44,12 +44,12 @@ from minirec import (
     processes,
     speculative,
 )
+from minirec.cli import DTYPES
 from minirec.continuous_batching import MODES, Engine, Stage
 from minirec.decoding import Generation, Options, stop_tokens
 from minirec.tokenizer import ChatTemplate, read_tokenizer
 
 log = logging.getLogger(__name__)
-FORMATS = ("float32", "bfloat16", "float16")
 SAMPLERS = {
     "autoregressive": autoregressive.generate,
     "adaptive_exit": adaptive_exit.generate,
@@ -115,8 +115,8 @@ class MinirecLM(TemplateLM):
             raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(map(repr, SAMPLERS))}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
-        if isinstance(dtype, str) and dtype not in FORMATS:
-            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, FORMATS))}")
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
         self.options = self._checked(options)
         self.num_steps, self.batch_size, self.seed, self.max_gen_toks = num_steps, int(batch_size), seed, max_gen_toks
         self._device = processes.join("cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device)

@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,25 @@ from minirec import RecurrentConfig, RecurrentDepthLM
 torch.set_num_threads(1)
 settings.register_profile("minirec", deadline=None, derandomize=True, database=None, max_examples=20)
 settings.load_profile("minirec")
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """`torchrun("-m", "minirec.cli", ...)`: what two processes of this print and return, once both have ended."""
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen([*launcher, *command], env=environment, **pipes)
+        try:
+            printed = process.communicate(timeout=900)  # against processes that wait for each other for ever
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, *printed)
+
+    return run
 
 
 @pytest.fixture(scope="session")

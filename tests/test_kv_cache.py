@@ -1,11 +1,13 @@
 """The cache: what it holds, how large it is, which slot is whose, and that nothing is copied or grown."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec import RecurrentConfig
+from minirec import RecurrentConfig, kv_cache
 from minirec.decoding import Grid
 from minirec.kv_cache import KVCache, bytes_per_token
 
@@ -144,13 +146,15 @@ def test_cells_read_as_views_are_the_cells_that_are_gathered(small_model, seed, 
         positions += range(start, start + width)
         depths += sorted(own, reverse=True)
     results = []
-    for views in (True, False):
+    for views, copied in ((True, kv_cache.COPIED), (True, 0), (False, 0)):  # with 0, single cells too are read as views
         grid = Grid(model, [[1] * 4, [2] * 6, [3] * 9], max_new_tokens=2, num_steps=5)
         for part in grid.cache.parts.values():
             part.normal_(generator=torch.Generator().manual_seed(1))
         at = grid.cells(rows, positions)
         depth = at.depths(depths) if views else torch.tensor(depths)[:, None]
-        s = grid.recur(at.read(grid.state), grid.embed(at), at, depth)
-        logits = grid.decode(s, at)
+        with mock.patch.object(kv_cache, "COPIED", copied):
+            s = grid.recur(at.read(grid.state), grid.embed(at), at, depth)
+            logits = grid.decode(s, at)
         results.append((s, logits, *(part.clone() for part in grid.cache.parts.values())))
-    torch.testing.assert_close(*results)
+    for read in results[:-1]:
+        torch.testing.assert_close(read, results[-1])

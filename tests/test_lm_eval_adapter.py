@@ -1,8 +1,6 @@
 """lm-eval's answers on the shipped model are minirec's own: generation, likelihoods, and the whole harness."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 
@@ -255,14 +253,10 @@ def test_exact_match_of_the_harness_is_our_own_count(model, task_folder, tmp_pat
     assert "minirec_words" in capsys.readouterr().out
 
 
-def test_two_processes_have_the_results_of_one(task_folder, tmp_path, monkeypatch):
+def test_two_processes_have_the_results_of_one(task_folder, tmp_path, monkeypatch, torchrun):
     # 3 of the problems: one process has one more than the other, which repeats one in its stead
     command = [*COMMAND, "pretrained=tiny", "--include_path", str(task_folder), "--limit", "3", "--output_path"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = subprocess.run(
-        [*launcher, "-m", "minirec.lm_eval_adapter", *command, str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    two = torchrun("-m", "minirec.lm_eval_adapter", *command, str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("|minirec_words|") == 1, "one process reports"
     monkeypatch.setattr(sys, "argv", ["lm_eval", *command, str(tmp_path / "one")])

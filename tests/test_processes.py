@@ -1,11 +1,7 @@
 """Two processes on the CPU train what one trains: the same losses, weights and evaluations, and one of them writes."""
 
 import csv
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,22 +34,8 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess:
-    """What two processes of this command print and return, once both have ended."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    process = subprocess.Popen([*launcher, *command], env=environment, **pipes)
-    try:
-        printed = process.communicate(timeout=900)  # against processes that wait for each other for ever
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, *printed)
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, torchrun):
     """The folder of a run by one process, that of a run by two which was interrupted, and what the two printed."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "gives_up.py").write_text(GIVES_UP)
