@@ -282,7 +282,7 @@ class Batches:
         needed = torch.tensor([len(p.stages) for p in problems])  # (B,)
         kind, share = torch.rand((2, len(problems)), generator=generator)
         early = 1 + (share * needed).long()
-        beyond = needed + torch.poisson(torch.full(needed.shape, self.config.extra), generator=generator).long()
+        beyond = needed + torch.poisson(torch.full(needed.shape, float(self.config.extra)), generator=generator).long()
         paper = sample_depth(self.mean_depth, generator, len(problems))
         depths = torch.where((kind < self.config.early) & (needed > 1), early, beyond)
         return torch.where(kind >= 1 - self.config.random, paper, depths)
