@@ -1,6 +1,6 @@
 """The batching engine's four modes on mixed requests: throughput, latency, passes, and what they could be at best.
 
-    python benchmarks/batching.py [--requests 64 256] [--slots 8] [--rates 0.5 0.8 0.95] [--replay] [--json FILE]
+    python benchmarks/batching.py [--requests 64 256] [--slots 8] [--rates 0.5 0.8 0.95] [--num-steps 12] [--replay]
 
 Static, sequence and depth leave the loop by the same rule and give the same tokens; sequence and wavefront, at fixed
 depth, give the same tokens too.  Both is checked in every run.  A wave with an exit is diffusion forcing, whose texts
@@ -180,11 +180,13 @@ def measures(run: Run) -> dict[str, float]:
     return found
 
 
-def costs(model: RecurrentDepthLM, problem: Problem, slots: int, threshold: float | None) -> dict[Stage, list[float]]:
+def costs(
+    model: RecurrentDepthLM, problem: Problem, slots: int, threshold: float | None, num_steps: int | None = None
+) -> dict[Stage, list[float]]:
     """Milliseconds of every pass with one token in each slot."""
     passes, found = [], {stage: [] for stage in Stage}
     new = 8
-    engine = Engine(model, slots, len(problem.prompt) + new, "sequence", on_pass=passes.append)
+    engine = Engine(model, slots, len(problem.prompt) + new, "sequence", num_steps=num_steps, on_pass=passes.append)
     for seed in range(slots):
         engine.submit(problem.prompt, new, threshold=threshold, seed=seed, stop_tokens=())
     with no_garbage_collection():
@@ -304,12 +306,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="runs of every workload (default: 5)")
     parser.add_argument("--coda-batch", type=int, default=2, help="slots that prelude or coda wait for in modes depth "
                         "and wavefront (default: 2)")  # fmt: skip
+    parser.add_argument("--num-steps", type=int, help="the fixed depth, and the most of an exit (default: the model's)")
     parser.add_argument("--guess-after", type=int, default=1, help="steps after which a wave guesses (default: 1)")
     parser.add_argument("--replay", action="store_true", help="take exits from a run before, not from the criterion")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     args = parser.parse_args(argv)
-    for name in ("requests", "slots", "repeat", "coda_batch", "guess_after", "threads"):
+    model = RecurrentDepthLM.from_pretrained("tiny")
+    args.num_steps = model.config.mean_recurrence if args.num_steps is None else args.num_steps
+    for name in ("requests", "slots", "repeat", "coda_batch", "num_steps", "guess_after", "threads"):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -317,14 +322,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rates is {args.rates}; all must be above 0")
     torch.set_num_threads(args.threads)
     before = machine()
-    model = RecurrentDepthLM.from_pretrained("tiny")
-    if args.guess_after > model.config.mean_recurrence:
-        parser.error(f"--guess-after is {args.guess_after}; it must be from 1 to {model.config.mean_recurrence}")
+    if args.guess_after > args.num_steps:
+        parser.error(f"--guess-after is {args.guess_after}; it must be from 1 to {args.num_steps}")
     problems = mixed(max(args.requests))
     typical = sorted(problems, key=lambda p: len(p.prompt))[len(problems) // 2]
     print(in_words(before))
     print(
-        f"Model: the shipped one, depth {model.config.mean_recurrence}, float32, greedy; {args.slots} slots of "
+        f"Model: the shipped one, depth {args.num_steps}, float32, greedy; {args.slots} slots of "
         f"{longest(problems)} tokens; {' and '.join(map(str, args.requests))} held-out problems of all families and "
         f"levels; exit below {EXIT}, {'replayed' if args.replay else 'live'}; coda batch {args.coda_batch}; "
         f"waves guess after step {args.guess_after}; "
@@ -337,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         mode, threshold = ROWS[name]
         engine = Replay if args.replay and threshold is not None and threshold in expected and name != LOSSY else Engine
         made = partial(engine, model, args.slots, longest(problems), mode=mode, coda_batch=args.coda_batch,
-                       guess_after=args.guess_after)  # fmt: skip
+                       num_steps=args.num_steps, guess_after=args.guess_after)  # fmt: skip
         run = Run(made, problems[:n], arrivals, None if engine is Replay else threshold)
         if engine is Replay:
             run.engine.depths = [generation.depth for generation in expected[threshold]]
@@ -365,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for repeat in tqdm(range(args.repeat), disable=None, desc="repeats"):
         for threshold, ms in passes.items():  # 0: the criterion is asked, and never met
-            for stage, some in costs(model, typical, args.slots, threshold).items():
+            for stage, some in costs(model, typical, args.slots, threshold, args.num_steps).items():
                 ms[stage] += some
         for n in args.requests:
             rows = measure(f"closed, {n}", n, dict.fromkeys(BASE, [0.0] * n))
@@ -405,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         settings = {"requests": args.requests, "slots": args.slots, "rates": args.rates, "repeat": args.repeat,
                     "replay": args.replay, "coda_batch": args.coda_batch, "guess_after": args.guess_after,
-                    "threshold": EXIT, "num_steps": model.config.mean_recurrence}  # fmt: skip
+                    "threshold": EXIT, "num_steps": args.num_steps}  # fmt: skip
         write_json(
             args.json,
             {"machine": before, "settings": settings, "workloads": found, "bounds": limits,

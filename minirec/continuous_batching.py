@@ -82,7 +82,7 @@ class Event:
     finished: bool
 
 
-@dataclass
+@dataclass(eq=False)  # a slot is itself, whatever is in it: they are looked up in every pass
 class Slot:
     """A row of the cache and who sits there: the window of positions that is in work, and what it waits for."""
 
@@ -391,9 +391,9 @@ class Engine:
         s = at.read(grid.state)  # (N, 1, d)
         logits = grid.decode(s, at)  # (N, 1, V)
         tokens, seeds = grid.tokens[at.rows[:, 0]], grid.seed[at.rows[:, 0]]  # (N, L), (N, 1)
-        guesses = torch.zeros_like(at.positions)  # (N, 1)
         owner = [slot.request.choice for slot in slots for _ in slot.tokens]
-        for choice in dict.fromkeys(owner):  # usually one
+        guesses = owner[0].choose(logits, tokens, at.positions, seeds)  # (N, 1)
+        for choice in set(owner) - {owner[0]}:  # usually none
             own = torch.tensor([o == choice for o in owner], device=logits.device)
             guesses[own] = choice.choose(logits[own], tokens[own], at.positions[own], seeds[own])
         moved = None

@@ -41,7 +41,7 @@ def script(name: str):
     return imported
 
 
-overhead, samplers, depth, recipe = map(script, ("overhead", "samplers", "depth", "recipe"))
+overhead, samplers, depth, recipe, core_size = map(script, ("overhead", "samplers", "depth", "recipe", "core_size"))
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +262,31 @@ def test_samplers_writes_every_number_as_csv_and_draws_the_plane(samplers_run, s
     assert (samplers_folder / "plane.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("there", [1, 2])
+def test_idle_blocks_change_nothing(core_size, there):
+    torch.manual_seed(0)
+    config = dataclasses.replace(RecurrentConfig.preset("tiny"), n_layers_in_recurrent_block=there)
+    model, tokens = RecurrentDepthLM(config).eval(), torch.randint(0, 128, (2, 9))
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    larger = core_size.with_idle_blocks(model, 4)
+    assert len(larger.transformer.core_block) == 4
+    torch.testing.assert_close(larger(tokens, 6).logits, model(tokens, 6).logits)
+    same = core_size.with_idle_blocks(model, there)
+    assert torch.equal(same(tokens, 6).logits, model(tokens, 6).logits)
+
+
+def test_core_size_compares_every_sampler_with_autoregressive_decoding(core_size, tmp_path):
+    text, written = run(core_size, ["--problems", "1", "--blocks", "1", "2"], tmp_path)
+    assert "| core of 1 | core of 2 |" in text and "same in every column: 100.0 %" in text
+    assert list(written["blocks"]) == ["1", "2"]
+    for rows in written["blocks"].values():
+        assert list(rows) == list(core_size.ROWS)
+        assert rows[core_size.BASE]["speed_up_in_all"] == 1 and rows[core_size.BASE]["correct"] == 3
+        assert all(f"{row['speed_up_in_all']:.2f}" in text for row in rows.values())
+
+
 def test_summary_of_made_up_results(samplers):
     problems = tasks.heldout(4)
     right = [p.target for p in problems]
@@ -291,6 +316,7 @@ def test_smallest_full_depth_allows_half_a_point(samplers):
         ("overhead", ["--tokens", "17"], "--tokens is 17; it must be at least 18"),
         ("overhead", ["--repeat", "0"], "--repeat is 0; it must be at least 1"),
         ("samplers", ["--problems", "0"], "--problems is 0; it must be at least 1"),
+        ("core_size", ["--blocks", "2", "0"], "--blocks is 0; it must be at least 1"),
         ("samplers", ["--level", "1"], "level is 1; in split 'heldout' family 'words' has levels (2, 3, 4, 5, 6)"),
         ("depth", ["--problems", "0"], "--problems is 0; it must be at least 1"),
     ],
@@ -510,6 +536,15 @@ def test_the_bound_of_fixed_depth_is_that_of_the_costs_measured(batching, batchi
     assert batching.bound(f0=1.2, fr=1.0, deepest=16, mean=6) == pytest.approx(17.2 / 7.2)
 
 
+def test_batching_at_another_depth(batching, tmp_path):
+    arguments = "--requests 2 --slots 2 --repeat 1 --num-steps 3 --guess-after 2 --rates".split()
+    text, written = run(batching, arguments, tmp_path)
+    assert "depth 3, float32" in text and written["settings"]["num_steps"] == 3
+    rows = written["workloads"]["closed, 2"]
+    assert all(rows[name]["mean_depth"]["median"] == 3 for name in rows if "fixed depth" in name)
+    assert written["bounds"]["closed, 2"][0]["deepest"] == 3
+
+
 def test_costs_are_of_full_passes(batching, small_model):
     found = batching.costs(small_model(0), SimpleNamespace(prompt=[1, 2, 3]), slots=3, threshold=None)
     # the first token comes from the prompt, whose passes have more cells
@@ -638,6 +673,8 @@ def test_requests_are_of_all_kinds_and_arrive_as_often_as_asked(batching):
         (["--requests", "4", "0"], "--requests is [4, 0]; it must be at least 1"),
         (["--coda-batch", "0"], "--coda-batch is 0; it must be at least 1"),
         (["--guess-after", "99"], "--guess-after is 99; it must be from 1 to 12"),
+        (["--guess-after", "5", "--num-steps", "4"], "--guess-after is 5; it must be from 1 to 4"),
+        (["--num-steps", "0"], "--num-steps is 0; it must be at least 1"),
         (["--rates", "0.5", "0"], "--rates is [0.5, 0.0]; all must be above 0"),
     ],
 )
