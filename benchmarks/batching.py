@@ -279,7 +279,8 @@ def report_bounds(found: dict[str, list[dict]]) -> str:
 
 
 LEGEND = """
-Fixed depth: no exit. Speed-ups: tokens/s over that of static and of sequence with the same rule, in the same repeat;
+Fixed depth: no exit. Rate x: requests arrive x times as often as mode sequence with the same rule got them done in the
+closed loop. Speed-ups: tokens/s over that of static and of sequence with the same rule, in the same repeat;
 median and quartiles over the repeats. With arrivals, a mode that keeps up gets as many tokens/s as arrive, and what
 tells modes apart are the latencies. Passes: through prelude, recurrent block and coda, prompts included. Occupancy: the
 share of the slots that was in a pass; and that of the loop as long as requests wait, without the end of a run, when

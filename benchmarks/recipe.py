@@ -121,6 +121,10 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([name, *map(solved_at, curves), f"{100 * lost:.0f}", f"{result['minutes']:.1f}"])
     head = ["", *(f"s = {level}" for level in LEVELS), f"points lost at r = {DEPTHS[-1]}", "minutes"]
     print(table(head, rows))
+    print(
+        f"\ns: steps of the automaton asked for. r = k: at so many recurrence steps, and at no fewer of those tried, "
+        f"{SOLVED:.0%} of the rows are right.\nIn brackets: the best share at any depth, where none comes so far."
+    )
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def settling(unsettled: Sequence[float], movement: Sequence[float], ax: Axes | N
     shares = [share or np.nan for share in unsettled]
     ax.semilogy(steps, movement, "s--", color=BLUE, label="median relative movement of the state in this step")
     ax.semilogy(steps, shares, "o-", color=VERMILION, label="share of guesses that still change (0: not drawn)")
-    ax.set(xlabel="recurrence step", xticks=steps)
+    ax.set(xlabel="recurrence step", xticks=steps, ylabel="movement (relative), guesses (share)")
     ax.legend(frameon=False, loc="upper right")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
