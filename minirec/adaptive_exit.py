@@ -34,6 +34,8 @@ Notebook: 05_adaptive_exit.
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,7 +135,8 @@ def generate(
     argument is a ValueError.
     """
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    check_counts(num_steps=r, max_new_tokens=max_new_tokens, min_steps=min_steps, check_every=check_every)
+    counts = dict(num_steps=r, max_new_tokens=max_new_tokens, min_steps=min_steps, check_every=check_every)
+    r, max_new_tokens, min_steps, check_every = check_counts(**counts)
     if min_steps > r:
         raise ValueError(f"min_steps is {min_steps}; it must be from 1 to num_steps, here {r}")
     if criterion not in CRITERIA:
@@ -142,7 +145,7 @@ def generate(
     threshold = default if threshold is None else threshold
     if isinstance(default, int):
         check_counts(threshold=threshold)
-    elif not (isinstance(threshold, (int, float)) and threshold >= 0):
+    elif not (isinstance(threshold, Real) and threshold >= 0):
         raise ValueError(f"threshold is {threshold!r}; it must be a number, 0 or above, for {criterion!r}")
     grid = Grid(model, prompt, max_new_tokens, r, **options)
     rows, checks = range(len(grid.lengths)), range(min_steps, r, check_every)

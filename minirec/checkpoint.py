@@ -71,16 +71,20 @@ def load(
     name: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
 ) -> RecurrentDepthLM:
     """Load a model: `"tiny"` (shipped with minirec), a folder, or the id of a repository on the Hugging Face hub.
 
-    dtype None keeps the number format of the file.  revision: branch, tag or commit of a hub repository.  A hub
-    repository is downloaded once and kept by huggingface_hub, whose environment variables (HF_HUB_OFFLINE,
-    HF_HOME) hold.  Raises FileNotFoundError for a folder or file that is not there, ValueError for one that is not
-    what it should be, both with its name, and MemoryError with the numbers where the weights do not fit.
+    dtype: a floating-point format of torch or its name, as "bfloat16"; None keeps that of the file.  revision: branch,
+    tag or commit of a hub repository.  A hub repository is downloaded once and kept by huggingface_hub, whose
+    environment variables (HF_HUB_OFFLINE, HF_HOME) hold.  Raises FileNotFoundError for a folder or file that is not
+    there, ValueError for one that is not what it should be, both with its name, and MemoryError with the numbers where
+    the weights do not fit.
     """
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; it must be a floating-point format of torch, as torch.bfloat16")
     config = read_config(locate(name, revision, weights=False))  # before gigabytes of something else are fetched
     folder = locate(name, revision)
     stored = read_headers(folder, config)
@@ -204,7 +208,7 @@ def make_random(
     1 to the number of tensors, OSError if the disk is too small; all before anything is written, and the folder
     appears whole or not at all.
     """
-    folder, model = Path(folder).absolute(), _shape_of(config)
+    folder, model = Path(folder).resolve(), _shape_of(config)
     table = torch.view_as_real(rope_table(torch.arange(config.block_size), config.head_dim, config.rope_base))
     shapes = {name: p.shape for name, p in model.named_parameters()}
     shapes |= {"lm_head.weight": model.lm_head.weight.shape, "freqs_cis": torch.Size((1, *table.squeeze(1).shape))}
@@ -411,7 +415,7 @@ def opened(file: Path) -> Iterator:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; FileNotFoundError or ValueError that names the file if there is none."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
     except (ValueError, UnicodeDecodeError) as error:

@@ -70,6 +70,8 @@ DEMO_TOKENS = 128  # more than any solution of a word problem needs
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; argv None is sys.argv. Returns the exit code."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a token that this terminal can't show ends nothing
     try:
         args = parser().parse_args(argv)
         if "threads" in args:
@@ -306,7 +308,7 @@ def train(args: argparse.Namespace) -> None:
     checkpoint.write_whole(folder / "tokenizer.json", task_tokenizer().save)
     right = ", ".join(f"{family} {log[-1][family]:.0%}" for family in dict.fromkeys(config.families))
     print(
-        f"{config.steps} steps in {log[-1]['seconds'] / 60:.1f} minutes: loss {log[-1]['loss']:.3f}, whole solution "
+        f"{log[-1]['step']} steps in {log[-1]['seconds'] / 60:.1f} minutes: loss {log[-1]['loss']:.3f}, whole solution "
         f"right on {config.evaluate_on} held-out problems each: {right}\n"
         f"checkpoint: {folder}   (minirec generate --model {folder} PROMPT)"
     )
@@ -322,20 +324,21 @@ def make_checkpoint(args: argparse.Namespace) -> None:
         bos, eos, pad = (ids[name] for name in ("begin_text", "end_text", "pad"))
         config = dataclasses.replace(config, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
         tokenizer, stop = stand_in_tokenizer(config.vocab_size), [eos, bos, ids["end_turn"]]
+    path = args.path.resolve()  # "." is another folder afterwards
     checkpoint.make_random(
         config,
-        args.path,
+        path,
         shards=args.shards,
         dtype=getattr(torch, args.dtype),
         seed=args.seed,
         generation_config={"eos_token_id": stop},
     )
-    checkpoint.write_whole(args.path / "tokenizer.json", tokenizer.save)
+    checkpoint.write_whole(path / "tokenizer.json", tokenizer.save)
     if args.preset != "tiny":
         special = {f"{name}_token": tokenizer.id_to_token(i) for name, i in [("bos", bos), ("eos", eos), ("pad", pad)]}
         values = special | {"chat_template": HUGINN_TEMPLATE, "model_max_length": config.block_size}
-        checkpoint.write_json(args.path / "tokenizer_config.json", values)
-    size = sum(path.stat().st_size for path in args.path.glob("*.safetensors"))
+        checkpoint.write_json(path / "tokenizer_config.json", values)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     print(f"{args.path}: {readable(size)} of random weights   (minirec info {args.path})")
 
 
@@ -405,6 +408,8 @@ def _given(args: argparse.Namespace, *names: str) -> dict:
 
 def _encode(tokenizer: Tokenizer, text: str, begin: int | None) -> list[int]:
     """Ids of a prompt, the begin token first if there is one; a word that would be lost is an error."""
+    if not text.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in text):  # what Python makes of other bytes
+        raise ValueError("the prompt is not UTF-8")
     encoding = tokenizer.encode(text, add_special_tokens=False)
     if not encoding.ids:
         raise ValueError("the prompt is empty")
@@ -443,7 +448,7 @@ def cpu_name() -> str:
 def _device(text: str) -> torch.device:
     try:
         torch.zeros(1, device=text).item()  # is it there, and does it compute?
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # every backend has its own
         raise argparse.ArgumentTypeError(f"{text!r} is not to be had here: {str(error).splitlines()[0]}") from None
     return torch.device(text)
 

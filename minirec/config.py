@@ -8,7 +8,28 @@ at, and the shipped defaults for decoding.  The same class describes the tiny mo
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
+
+
+def whole(name: str, value, least: int | None = None, most: int | None = None) -> int:
+    """A whole number as an int, whoever made it: Python, NumPy or a tensor; else a ValueError that names it."""
+    try:
+        n = operator.index(value)
+    except TypeError:
+        n = None
+    if n is None or (least is not None and n < least) or (most is not None and n > most):
+        limits = "" if least is None else f", at least {least}" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}; it must be a whole number{limits}")
+    return n
+
+
+def number(name: str, value) -> float:
+    """A number as a float; else a ValueError that names it."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+    return float(value)
 
 
 @dataclass
@@ -40,14 +61,15 @@ class RecurrentConfig:
     def __post_init__(self):
         if self.padded_vocab_size is None:
             self.padded_vocab_size = self.vocab_size
-        for name in ("n_embd", "n_heads", "intermediate_size", "vocab_size", "block_size", "mean_recurrence"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 1 <= self.mean_backprop_depth:
-            raise ValueError(f"mean_backprop_depth is {self.mean_backprop_depth}; it must be at least 1")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name.endswith("_token_id"):
+                if value is not None:
+                    setattr(self, name, whole(name, value, 0, self.padded_vocab_size - 1))
+            elif field.type.startswith("int"):
+                setattr(self, name, whole(name, value, 1))
+            elif field.type == "float" and not number(name, value) > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
         if self.n_embd % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"n_embd {self.n_embd} with n_heads {self.n_heads}: n_embd must be n_heads times an even head size"

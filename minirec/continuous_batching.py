@@ -37,7 +37,7 @@ from enum import Enum
 import torch
 
 from minirec.adaptive_exit import latent_diff
-from minirec.decoding import Generation, Grid, Options, as_rows, check_counts, check_request
+from minirec.decoding import Generation, Grid, Options, as_rows, as_seed, check_counts, check_request
 from minirec.diffusion_forcing import Front
 from minirec.kv_cache import Cells, bytes_per_token, upload
 from minirec.lossless_wavefront import next_wave
@@ -165,8 +165,9 @@ class Engine:
     at once, None for what the slots hold.  kv, kv_slots, init_scale: as for all samplers.  on_pass: called with every
     Pass.  clock: seconds.
 
-    submit and cancel may be called from other threads while one runs `step`, `run` or `stream`.  `requests` holds all
-    by id, ended ones too: who serves for long takes those out, `requests.pop(id)`, when their last event has come.
+    The weights are those that the model has now.  submit and cancel may be called from other threads while one runs
+    `step`, `run` or `stream`.  `requests` holds all by id, ended ones too: who serves for long takes those out,
+    `requests.pop(id)`, when their last event has come.
     """
 
     def __init__(
@@ -176,9 +177,10 @@ class Engine:
         init_scale: float = 1.0, on_pass: Callable[[Pass], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):  # fmt: skip
-        self.r = model.config.mean_recurrence if num_steps is None else num_steps
-        check_counts(slots=slots, max_length=max_length, num_steps=self.r, chunk=chunk, row_budget=row_budget,
-                     guess_after=guess_after, coda_batch=coda_batch, patience=patience)  # fmt: skip
+        num_steps = model.config.mean_recurrence if num_steps is None else num_steps
+        slots, max_length, self.r, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
+            slots=slots, max_length=max_length, num_steps=num_steps, chunk=chunk, row_budget=row_budget,
+            guess_after=guess_after, coda_batch=coda_batch, patience=patience)  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
         if policy not in ("fcfs", "prefill_first"):
@@ -218,7 +220,7 @@ class Engine:
         never run is a ValueError with the numbers, and the engine goes on.
         """
         r = self.r if num_steps is None else num_steps
-        check_counts(num_steps=r, max_new_tokens=max_new_tokens)
+        r, max_new_tokens = check_counts(num_steps=r, max_new_tokens=max_new_tokens)
         if r > self.r:
             raise ValueError(f"num_steps is {r}; this engine's cache is {self.r} steps deep")
         if threshold is not None and not threshold >= 0:
@@ -227,6 +229,7 @@ class Engine:
         if unknown:
             raise ValueError(f"{min(unknown)} is the engine's to choose, not a request's")
         o, ((ids,), _) = Options(**options), as_rows([prompt])
+        seed = as_seed(o.seed)
         check_request(self.model.config, ids, max_new_tokens, self.max_length)
         need = (len(ids) + max_new_tokens) * self.kv_bytes
         if need > self.kv_budget:
@@ -234,10 +237,10 @@ class Engine:
                 f"a prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} need {need:,} bytes of keys and "
                 f"values; kv_budget is {self.kv_budget:,}"
             )
-        stop = self.grid.stop_tokens if o.stop_tokens is None else set(o.stop_tokens)
+        stop = self.grid.stop_tokens if o.stop_tokens is None else o.stop_tokens
         choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
         with self._lock:
-            request = Request(next(self._ids), ids, max_new_tokens, r, threshold, o.seed, choice, stop, o.on_token,
+            request = Request(next(self._ids), ids, max_new_tokens, r, threshold, seed, choice, stop, o.on_token,
                               need, self.clock())  # fmt: skip
             self.requests[request.id] = request
             self.scheduler.waiting.append(request)
@@ -274,14 +277,16 @@ class Engine:
         """Run until nothing is left; what every request has got so far, by id."""
         for _ in self.stream():
             pass
-        return {id: request.generation for id, request in self.requests.items()}
+        with self._lock:  # submit may come from another thread
+            return {id: request.generation for id, request in self.requests.items()}
 
     def stream(self) -> Iterator[Event]:
         """Run until nothing is left, and give every token as it becomes final."""
         going = True
         while going:
             going = self.step()
-            yield from self.events()
+            while self._events:  # one by one: who stops listening and comes back has missed nothing
+                yield self._events.popleft()
 
     def events(self) -> list[Event]:
         """What has happened since this was last asked, for a loop of one's own around `step`."""

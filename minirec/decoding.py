@@ -18,14 +18,14 @@ code of its own.  Notebook: 06_diffusion_forcing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirec.config import RecurrentConfig
+from minirec.config import RecurrentConfig, whole
 from minirec.fast_path import FastPath, room
 from minirec.kv_cache import Cells, Diagonal, KVCache, Window, upload
 from minirec.recurrent_block import RecurrentDepthLM, rotate
@@ -86,22 +86,37 @@ class Options:
     trace: bool = False
     fast: bool = False
 
+    def __post_init__(self):
+        if self.stop_tokens is not None:
+            ids = self.stop_tokens.tolist() if hasattr(self.stop_tokens, "tolist") else self.stop_tokens
+            ids = ids if isinstance(ids, Iterable) else [ids]
+            self.stop_tokens = {whole("stop_tokens", token, 0) for token in ids}
+
+
+def as_seed(seed) -> int:
+    """What the noise of a row hangs on, an int64; anything else is a ValueError."""
+    return whole("seed", seed, -(2**63), 2**63 - 1)
+
 
 def as_rows(prompt) -> tuple[list[list[int]], bool]:
     """A prompt or a batch of prompts as lists of ids, and whether it was a single one."""
-    if not hasattr(prompt, "__len__"):
+
+    def plain(x):
+        return x.tolist() if hasattr(x, "tolist") else x  # tensors, arrays, and single numbers of such
+
+    rows = plain(prompt)
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, Mapping)):
         raise ValueError(f"prompt is {prompt!r}; it must be token ids, or a batch of such")
-    rows = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # tensors and arrays
-    rows = [r.tolist() if hasattr(r, "tolist") else r for r in rows]
-    single = not rows or not hasattr(rows[0], "__len__")
-    return [rows] if single else [list(r) for r in rows], single
+    rows = [plain(row) for row in rows]
+    single = not any(isinstance(row, Iterable) for row in rows)
+    if not single and not all(isinstance(row, Iterable) for row in rows):
+        raise ValueError(f"prompt is {prompt!r}; it must be token ids, or a batch of such, and not both")
+    return [rows] if single else [[plain(token) for token in row] for row in rows], single
 
 
-def check_counts(**counts: int) -> None:
-    """A ValueError that names the first of these that is not a whole number of at least 1."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+def check_counts(**counts: int) -> list[int]:
+    """The counts as ints; a ValueError that names the first that is not a whole number of at least 1."""
+    return [whole(name, value, 1) for name, value in counts.items()]
 
 
 def check_request(config: RecurrentConfig, ids: list[int], max_new_tokens: int, context: int) -> None:
@@ -138,14 +153,17 @@ class Grid:
         config, o = model.config, Options(**options)
         prompts, self.single = as_rows(prompt)
         num_steps = config.mean_recurrence if num_steps is None else num_steps
-        check_counts(num_steps=num_steps, max_new_tokens=max_new_tokens)
+        num_steps, max_new_tokens = check_counts(num_steps=num_steps, max_new_tokens=max_new_tokens)
+        if torch.is_autocast_enabled(model.device.type):
+            raise ValueError("autocast is on; decoding has one number format: load the model with dtype instead")
         if not 0 <= o.init_scale < math.inf:
             raise ValueError(f"init_scale is {o.init_scale}; it must be 0 or above, and finite")
         if not prompts:
             raise ValueError("prompt is empty; it must hold at least one token")
         for ids in prompts:
             check_request(config, ids, max_new_tokens, config.block_size)
-        seeds = [o.seed] * len(prompts) if isinstance(o.seed, int) else list(o.seed)
+        seeds = o.seed.tolist() if hasattr(o.seed, "tolist") else o.seed
+        seeds = [as_seed(s) for s in (seeds if isinstance(seeds, Iterable) else [seeds] * len(prompts))]
         if len(seeds) != len(prompts):
             raise ValueError(
                 f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each"
@@ -154,7 +172,7 @@ class Grid:
         self.model, self.options = model, o
         self.choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
         self.num_steps, self.max_new_tokens = num_steps, max_new_tokens
-        self.stop_tokens = stop_tokens(model) if o.stop_tokens is None else set(o.stop_tokens)
+        self.stop_tokens = stop_tokens(model) if o.stop_tokens is None else o.stop_tokens
         self.lengths = [len(ids) for ids in prompts]
         length = max(self.lengths) + max_new_tokens + (spare if len(prompts) > 1 else 0)
         length = room(length) if o.fast else length

@@ -55,6 +55,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minirec.config import whole
 from minirec.decoding import Generation, Grid, check_counts
 from minirec.kv_cache import upload
 from minirec.recurrent_block import RecurrentDepthLM
@@ -156,8 +157,9 @@ def generate(
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    check_counts(num_steps=r, max_new_tokens=max_new_tokens, headway=headway, max_wavefront=max_wavefront)
-    inner = min(settings["inner_steps"], r) if inner_steps is None else inner_steps
+    counts = dict(num_steps=r, max_new_tokens=max_new_tokens, headway=headway, max_wavefront=max_wavefront)
+    r, max_new_tokens, headway, max_wavefront = check_counts(**counts)
+    inner = whole("inner_steps", min(settings["inner_steps"], r) if inner_steps is None else inner_steps)
     threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
     kv = settings["kv"] if kv is None else kv
     _check(r, inner, threshold, schedule, freeze, noise, momentum)
@@ -221,7 +223,7 @@ def generate(
 
 
 def _check(r, inner_steps, exit_threshold, schedule, freeze, noise, momentum) -> None:
-    if not isinstance(inner_steps, int) or not 1 <= inner_steps <= r:
+    if not 1 <= inner_steps <= r:
         raise ValueError(f"inner_steps is {inner_steps}; it must be from 1 to num_steps, here {r}")
     if not exit_threshold >= 0:
         raise ValueError(f"exit_threshold is {exit_threshold}; it must be 0 or above")

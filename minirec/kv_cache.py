@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirec.config import RecurrentConfig
+from minirec.config import RecurrentConfig, whole
 
 COPIED = 24_576  # numbers of a cell's keys up to which a Xeon core copied them faster than it made one more call
 FEW = 8  # cells of a row up to which it shares a call with others that have fewer
@@ -126,6 +126,7 @@ class KVCache:
     ):
         if kv not in ("full", "shared"):
             raise ValueError(f"kv is {kv!r}; it must be 'full' or 'shared'")
+        kv_slots = whole("kv_slots", kv_slots)
         if not 1 <= kv_slots <= num_steps:
             raise ValueError(f"kv_slots is {kv_slots}; it must be from 1 to num_steps, here {num_steps}")
         self.kv, self.slots = kv, num_steps if kv == "full" else kv_slots

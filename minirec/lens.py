@@ -52,17 +52,20 @@ def trajectory(
 def relative_change(states: Tensor) -> Tensor:
     """How far each step moves the state: (r + 1, ..., d) -> (r, ...), |s_k - s_(k-1)| / |s_k| for k = 1..r.
 
-    What the exit criterion of arXiv 2510.14961 (appendix A.1, algorithm 2) compares with its threshold.
+    In float32 or wider.  What the exit criterion of arXiv 2510.14961 (appendix A.1, algorithm 2) compares with its
+    threshold.
     """
+    states = _wide(states)
     return (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1)
 
 
 @torch.inference_mode()
 def distance_to_end(states: Tensor) -> Tensor:
-    """How far each state is from the last one: (r + 1, ..., d) -> (r + 1, ...), |s_k - s_r|.
+    """How far each state is from the last one: (r + 1, ..., d) -> (r + 1, ...), |s_k - s_r|, in float32 or wider.
 
     Drawn as tokens x steps this is the convergence map of arXiv 2502.05171, figure 11.
     """
+    states = _wide(states)
     return (states - states[-1]).norm(dim=-1)
 
 
@@ -114,7 +117,7 @@ def principal_components(states: Tensor, n: int = 2) -> Tensor:
     Centred over all leading axes, then a singular value decomposition.  Its signs are free; here the largest weight
     of every direction is positive.  ValueError if there are no n directions.  As in arXiv 2502.05171, figure 12.
     """
-    rows = states.reshape(-1, states.shape[-1])  # (N, d)
+    rows = _wide(states).reshape(-1, states.shape[-1])  # (N, d)
     if not 1 <= n <= min(rows.shape):
         raise ValueError(
             f"n is {n}; {len(rows)} states of width {rows.shape[1]} have 1 to {min(rows.shape)} directions"
@@ -123,3 +126,8 @@ def principal_components(states: Tensor, n: int = 2) -> Tensor:
     directions = torch.linalg.svd(rows, full_matrices=False).Vh[:n]  # (n, d)
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))  # (n, 1)
     return (rows @ (directions * largest.sign()).T).view(*states.shape[:-1], n)
+
+
+def _wide(states: Tensor) -> Tensor:
+    """In a number format that norms and decompositions can be trusted in, and NumPy knows."""
+    return states if states.dtype == torch.float64 else states.float()

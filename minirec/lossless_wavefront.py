@@ -85,10 +85,10 @@ def generate(
     batch, each row's independent of the others.  A bad argument is a ValueError.
     """
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    check_counts(num_steps=r, max_new_tokens=max_new_tokens)
+    r, max_new_tokens = check_counts(num_steps=r, max_new_tokens=max_new_tokens)
     if guess_after is None:
         guess_after = min(r, model.generation_config.get("lossless_wavefront", {}).get("guess_after", 4))
-    check_counts(guess_after=guess_after)
+    (guess_after,) = check_counts(guess_after=guess_after)
     if guess_after > r:
         raise ValueError(f"guess_after is {guess_after}; it must be from 1 to num_steps, here {r}")
     check_counts(max_wavefront=r if max_wavefront is None else max_wavefront)

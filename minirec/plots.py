@@ -42,8 +42,10 @@ def _word(tokenizer, token: int) -> str:
 
 
 def _deepest(generation) -> int:
+    if generation.trace is None:
+        raise ValueError("generation.trace is None; generate with trace=True")
     if not generation.trace:
-        raise ValueError("generation.trace is empty; generate with trace=True")
+        raise ValueError("generation.trace is empty: the prompt gave the only token, and there was no outer step")
     return max(max(step.depths) for step in generation.trace)
 
 

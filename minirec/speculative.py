@@ -58,8 +58,8 @@ def generate(
     row accepts on its own and gets what it would get alone.  A bad argument is a ValueError.
     """
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    draft_steps = min(r, 4) if draft_steps is None and isinstance(r, int) else draft_steps
-    check_counts(num_steps=r, max_new_tokens=max_new_tokens, draft_steps=draft_steps, lookahead=lookahead)
+    r, max_new_tokens, lookahead = check_counts(num_steps=r, max_new_tokens=max_new_tokens, lookahead=lookahead)
+    (draft_steps,) = check_counts(draft_steps=min(r, 4) if draft_steps is None else draft_steps)
     if draft_steps > r:
         raise ValueError(f"draft_steps is {draft_steps}; it must be from 1 to num_steps, here {r}")
     if not 0 < accept <= 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minirec.config import whole
 from minirec.noise import gumbel
 
 
@@ -35,8 +36,8 @@ class TokenChoice:
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or above, and finite")
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
-            raise ValueError(f"top_k is {self.top_k}; it must be a whole number, at least 1, or None")
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", whole("top_k", self.top_k, 1))
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

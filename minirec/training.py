@@ -28,7 +28,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -40,8 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minirec import checkpoint, processes, tasks
+from minirec.config import number, whole
 from minirec.recurrent_block import RecurrentDepthLM
-from minirec.tokenizer import PAD
+from minirec.tokenizer import PAD, task_tokenizer
 
 IGNORE = -100  # label of a position that carries no loss
 POOL = 16  # rounds of batches drawn at once and sorted by length, so that a batch holds problems of one size
@@ -81,9 +82,13 @@ class TrainingConfig:
     save_every: int = 500
 
     def __post_init__(self):
-        for name in ("steps", "batch_tokens", "reads", "log_every", "evaluate_every", "evaluate_on", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self.seed = whole("seed", self.seed, 0, 2**32 - 1)
+        for field in fields(self):  # as Python's own, so that a run is the same run whoever made its numbers
+            value = getattr(self, field.name)
+            if field.type == "int" and field.name != "seed":
+                setattr(self, field.name, whole(field.name, value, 1))
+            elif field.type in ("float", "bool"):
+                setattr(self, field.name, number(field.name, value) if field.type == "float" else bool(value))
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
@@ -94,7 +99,7 @@ class TrainingConfig:
             raise ValueError(f"early is {self.early} and random {self.random}; together they must be at most 1")
         if not 0 <= self.extra < math.inf:
             raise ValueError(f"extra is {self.extra}; it must be at least 0 and finite")
-        self.families = tuple(self.families)
+        self.families = (self.families,) if isinstance(self.families, str) else tuple(self.families)
         if not self.families:
             raise ValueError(f"families is {self.families}; it must name one at least of {', '.join(tasks.FAMILIES)}")
         for family in self.families:
@@ -282,7 +287,7 @@ class Batches:
         needed = torch.tensor([len(p.stages) for p in problems])  # (B,)
         kind, share = torch.rand((2, len(problems)), generator=generator)
         early = 1 + (share * needed).long()
-        beyond = needed + torch.poisson(torch.full(needed.shape, float(self.config.extra)), generator=generator).long()
+        beyond = needed + torch.poisson(torch.full(needed.shape, self.config.extra), generator=generator).long()
         paper = sample_depth(self.mean_depth, generator, len(problems))
         depths = torch.where((kind < self.config.early) & (needed > 1), early, beyond)
         return torch.where(kind >= 1 - self.config.random, paper, depths)
@@ -320,6 +325,8 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
     end = config.steps if until is None else until
     if not 1 <= end <= config.steps:
         raise ValueError(f"until is {until}; it must be from 1 to steps, here {config.steps}")
+    if model.config.padded_vocab_size < (needed := task_tokenizer().get_vocab_size()):
+        raise ValueError(f"vocab_size is {model.config.vocab_size}; the tasks' tokenizer needs {needed}")
     data, (rank, world) = Batches(config, model.config.mean_recurrence), processes.place()
     fewest = min(data.rows(family, tasks.FAMILIES[family]) for family in config.families) if world > 1 else 1
     if fewest < world:
@@ -343,6 +350,14 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
         objective = DistributedDataParallel(objective)
     held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}
     started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
+
+    def line(done: int) -> dict:
+        loss, seconds = sum(running) / len(running), round(spent + time.perf_counter() - started, 1)
+        return {"step": done, "loss": loss, "rate": config.rate(done - 1), "seconds": seconds}
+
+    def measured() -> dict:
+        return {family: exact_match(model, problems) for family, problems in held_out.items()}
+
     model.train()
     for step in tqdm(range(first, end), initial=first, total=end, disable=True if rank else None):
         tokens, labels, depths = (t.to(device) for t in data[step])
@@ -363,14 +378,13 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
         running.append(processes.total(loss).item())
         done = step + 1
         if done % config.log_every == 0 or done == end:
-            row = {"step": done, "loss": sum(running) / len(running), "rate": config.rate(step)}
-            row["seconds"] = round(spent + time.perf_counter() - started, 1)
-            if done % config.evaluate_every == 0 or done == end:
-                row |= {family: exact_match(model, problems) for family, problems in held_out.items()}
-            log.append(row)
+            log.append(line(done) | (measured() if done % config.evaluate_every == 0 or done == end else {}))
             running = []
         if rank == 0 and (done % config.save_every == 0 or done == end):
             _save(model, optimizer, config, folder, done, log, running)
+    if first >= end:  # it had come so far before
+        log += [line(first)] if running else []
+        log[-1] |= measured()
     model.eval()
     if rank == 0:
         model.save_pretrained(folder / "checkpoint")
@@ -389,8 +403,9 @@ def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"weight.{name}"] = p.detach().contiguous()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = optimizer.state[p][moment].contiguous()
+        if p.requires_grad:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = optimizer.state[p][moment].contiguous()
     run = {
         "step": str(step),
         "running": json.dumps(running),
@@ -417,6 +432,8 @@ def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(f.get_tensor(f"weight.{name}"))
+                if not p.requires_grad:
+                    continue
                 optimizer.state[p] = {
                     "step": torch.tensor(float(step), device=p.device),
                     "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),

@@ -106,7 +106,11 @@ def test_config_and_generation_config_come_back(small_model, tmp_path):
 
 
 def test_the_number_format_of_the_file_is_kept_unless_another_is_asked_for(model, saved, tmp_path):
-    half = checkpoint.load(saved, dtype=torch.bfloat16)
+    half = checkpoint.load(saved, dtype="bfloat16")
+    assert torch.equal(half.lm_head.weight, checkpoint.load(saved, dtype=torch.bfloat16).lm_head.weight)
+    for wrong in (torch.int8, "int8", "half a byte", 16):
+        with pytest.raises(ValueError, match=r"dtype is .*; it must be a floating-point format of torch"):
+            checkpoint.load(saved, dtype=wrong)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.transformer.wte.weight, model.transformer.wte.weight.bfloat16())
     half.save_pretrained(tmp_path / "half")
@@ -252,8 +256,8 @@ def test_json_that_is_none(saved, file, text, words):
         ({"bias": True}, "bias is True"),
         ({"n_heads": 0}, "n_heads is 0"),
         ({"n_heads": 3}, "n_heads 3"),
-        ({"n_embd": "16"}, "'<' not supported"),
-        ({"vocab_size": None}, "'<' not supported"),
+        ({"n_embd": "16"}, "n_embd is '16'; it must be a whole number"),
+        ({"vocab_size": None}, "vocab_size is None; it must be a whole number"),
         ({"n_layers_in_coda": -1}, "n_layers_in_coda is -1"),
     ],
 )

@@ -377,6 +377,19 @@ def test_make_checkpoint_writes_what_the_other_commands_read(minirec_, tmp_path)
     assert_one_error(minirec_("make-checkpoint", "--preset", "tiny", tmp_path / "made"), "made is there already")
 
 
+def test_make_checkpoint_into_the_folder_where_one_is(minirec_, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    assert minirec_("make-checkpoint", "--preset", "tiny", ".")[0] == 0
+    assert_one_error(minirec_("make-checkpoint", "--preset", "tiny", tmp_path / "link"), "empty is there already")
+    assert minirec_("info", tmp_path / "link")[0] == 0 and (tmp_path / "empty" / "tokenizer.json").exists()
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(minirec_):
+    assert_one_error(minirec_("generate", os.fsdecode(b"Mia \xff")), "the prompt is not UTF-8")
+
+
 def test_make_checkpoint_can_be_talked_to(minirec_, tmp_path, monkeypatch):
     monkeypatch.setitem(cli.PRESETS, "small", dict(n_embd=16, n_heads=2, intermediate_size=24, vocab_size=300))
     path = tmp_path / "made"

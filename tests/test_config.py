@@ -56,6 +56,11 @@ def test_padded_vocabulary_is_the_vocabulary_unless_given():
         ({"n_embd": 64, "n_heads": 5}, "n_embd 64 with n_heads 5"),
         ({"n_embd": 15, "n_heads": 5}, "n_embd 15 with n_heads 5"),  # rotary positions need pairs of channels
         ({"vocab_size": 100, "padded_vocab_size": 64}, "padded_vocab_size is 64"),
+        ({"n_embd": 64.0}, "n_embd is 64.0; it must be a whole number, at least 1"),
+        ({"vocab_size": 9, "pad_token_id": 9}, "pad_token_id is 9; it must be a whole number from 0 to 8"),
+        ({"bos_token_id": -1}, "bos_token_id is -1"),
+        ({"norm_eps": -1e-6}, "norm_eps is -1e-06; it must be above 0"),
+        ({"rope_base": "big"}, "rope_base is 'big'; it must be a number"),
     ],
 )
 def test_wrong_value_is_named(wrong, named):

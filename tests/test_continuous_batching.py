@@ -270,6 +270,15 @@ def test_submit_and_cancel_from_another_thread(small_model):
             assert engine.requests[id].generation.tokens == right.tokens
 
 
+def test_who_stops_listening_and_comes_back_has_missed_nothing(small_model):
+    engine = Engine(small_model(0), slots=4, max_length=24, mode="sequence")
+    ids = [engine.submit([1 + i, 2], 5, stop_tokens=()) for i in range(4)]
+    heard = [next(engine.stream()) for _ in range(7)]  # a stream of its own for each
+    heard += engine.stream()
+    for id in ids:
+        assert [e.token for e in heard if e.request == id] == engine.requests[id].generation.tokens
+
+
 def test_times_are_in_order_and_of_the_engines_clock(small_model):
     clock = itertools.count()
     engine = Engine(small_model(0), slots=1, max_length=24, clock=lambda: next(clock))
@@ -344,6 +353,9 @@ def test_a_bad_engine_is_refused(small_model, wrong, named):
         ({"num_steps": 5}, "num_steps is 5; this engine's cache is 4 steps deep"),
         ({"threshold": -1.0}, "threshold is -1.0; it must be 0 or above, or None"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"seed": None}, "seed is None; it must be a whole number"),
+        ({"seed": [1]}, r"seed is \[1\]; it must be a whole number"),
+        ({"stop_tokens": 1.5}, "stop_tokens is 1.5"),
         ({"kv": "shared"}, "kv is the engine's to choose"),
     ],
 )

@@ -3,12 +3,13 @@
 The arguments that all samplers share are checked here, with each sampler that there is.
 """
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec import autoregressive, diffusion_forcing
+from minirec import adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront, speculative
 from minirec.decoding import Grid
 
 TOKENS = st.lists(st.integers(0, 22), min_size=2, max_size=10)
@@ -129,7 +130,10 @@ def test_the_grid_starts_from_the_models_initial_state(small_model):
         ({"prompt": torch.tensor([1, 23])}, "prompt holds 23; token ids are from 0 to 22"),
         ({"prompt": [[1], [-1]]}, "prompt holds -1"),
         ({"prompt": [1, 2.0]}, "prompt holds 2.0"),
-        ({"prompt": "text"}, "prompt holds 't'"),
+        ({"prompt": "text"}, "prompt is 'text'; it must be token ids, or a batch of such"),
+        ({"prompt": torch.tensor(3)}, "prompt is tensor.3.; it must be token ids, or a batch of such"),
+        ({"prompt": [[1, 2], 3]}, "it must be token ids, or a batch of such, and not both"),
+        ({"num_steps": 2.0}, "num_steps is 2.0; it must be a whole number, at least 1"),
         ({"prompt": [0] * 40, "max_new_tokens": 9}, "prompt of 40 tokens and max_new_tokens 9 make 49.*is 48"),
         ({"prompt": [[0], [0] * 48]}, "prompt of 48 tokens"),
         ({"kv": "half"}, "kv is 'half'"),
@@ -144,6 +148,10 @@ def test_the_grid_starts_from_the_models_initial_state(small_model):
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
+        ({"seed": None}, "seed is None; it must be a whole number from -"),
+        ({"seed": 2**63}, f"seed is {2**63}; it must be a whole number from -"),
+        ({"stop_tokens": "2"}, "stop_tokens is '2'; it must be a whole number, at least 0"),
+        ({"kv": "shared", "kv_slots": 2.0}, "kv_slots is 2.0; it must be a whole number"),
         ({"prompt": [[1], [2], [3]], "seed": [1, 2]}, "seed has 2 values for 3 prompts"),
     ],
 )
@@ -152,6 +160,25 @@ def test_bad_argument_is_named_before_any_work(small_model, monkeypatch, sampler
         monkeypatch.setattr(Grid, work, lambda *_: pytest.fail("work was done before the arguments were checked"))
     with pytest.raises(ValueError, match=named):
         sampler.generate(small_model(0), **({"prompt": [1, 2], "max_new_tokens": 4} | wrong))
+
+
+@pytest.mark.parametrize("sampler", [autoregressive, adaptive_exit, speculative, lossless_wavefront, diffusion_forcing])
+def test_numbers_may_be_of_numpy_or_torch(small_model, sampler):
+    model = small_model(0)
+    plain = sampler.generate(model, [1, 2, 3], 9, num_steps=3, seed=7, temperature=1.0, top_k=5, stop_tokens=[4, 5])
+    for number in (np.int64, torch.tensor):
+        prompt = [number(1), number(2), number(3)]
+        options = dict(seed=number(7), temperature=1.0, top_k=number(5))
+        for stop in (number([4, 5]), [number(4), number(5)]):
+            got = sampler.generate(model, prompt, number(9), num_steps=number(3), stop_tokens=stop, **options)
+            assert got == plain and all(type(x) is int for x in (*got.tokens, *got.depth))
+    batch = sampler.generate(model, np.array([[1, 2, 3]] * 2), 9, num_steps=3, seed=np.array([7, 8]), stop_tokens=4)
+    assert len(batch) == 2
+
+
+def test_under_autocast_decoding_says_what_to_do(small_model):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="load the model with dtype instead"):
+        autoregressive.generate(small_model(0), [1, 2], 4)
 
 
 @SAMPLERS

@@ -117,3 +117,11 @@ def test_principal_components_have_one_sign_and_say_when_there_are_too_few():
     for n in (0, 4):
         with pytest.raises(ValueError, match=f"n is {n}; 3 states of width 6"):
             lens.principal_components(torch.zeros(3, 6), n=n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_of_half_precision_can_be_looked_at_and_drawn(dtype):
+    states = torch.randn(5, 2, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for look in (lens.relative_change, lens.distance_to_end, lens.principal_components):
+        assert torch.equal(look(states), look(states.float()))
+        look(states).numpy()

@@ -2,14 +2,18 @@
 
 import copy
 import csv
+import dataclasses
 import functools
 import itertools
+import json
 import math
 import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -694,6 +698,35 @@ def test_a_run_that_was_to_stop_half_way_goes_on_to_the_same_bits(straight_run, 
     assert not (tmp_path / "none").exists()
 
 
+def test_a_run_that_has_come_so_far_says_how_far(tmp_path):
+    config = TrainingConfig(**RUN | dict(log_every=50, evaluate_every=50, save_every=2))
+    with mock.patch.object(training, "exact_match", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        training.train(fresh_model(), config, tmp_path, until=3)  # the last save is of step 2, and nothing was logged
+    log = training.train(fresh_model(), config, tmp_path, until=2)
+    assert [row["step"] for row in log] == [2] and {"loss", "words", "hops"} <= log[0].keys()
+    assert training.train(fresh_model(), config, tmp_path, until=1)[-1]["step"] == 2
+
+
+def test_what_is_frozen_stays_and_a_run_of_it_resumes(tmp_path):
+    models = []
+    for until in (6, 12):
+        models.append(fresh_model())
+        models[-1].transformer.prelude.requires_grad_(False)
+        training.train(models[-1], TrainingConfig(**RUN), tmp_path, until=until)
+    straight = fresh_model()
+    straight.transformer.prelude.requires_grad_(False)
+    training.train(straight, TrainingConfig(**RUN), tmp_path / "straight")
+    fresh = dict(fresh_model().named_parameters())
+    for (name, a), b in zip(straight.named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, fresh[name]) == ("prelude" in name), name
+
+
+def test_a_model_without_the_tasks_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size is 64; the tasks' tokenizer needs 112"):
+        training.train(fresh_model(vocab_size=64), TrainingConfig(**RUN), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("sizes", "other", "named"),
     [
@@ -746,7 +779,7 @@ def test_state_is_weights_moments_and_a_number(straight_run):
         ({"decay": 1.1}, "decay is 1.1"),
         ({"curriculum": 2.0}, "curriculum is 2.0"),
         ({"joining": -0.5}, "joining is -0.5"),
-        ({"reads": 0}, "reads is 0; it must be at least 1"),
+        ({"reads": 0}, "reads is 0; it must be a whole number, at least 1"),
         ({"early": -0.5}, "early is -0.5"),
         ({"random": 1.5}, "random is 1.5"),
         ({"early": 0.8, "random": 0.3}, "early is 0.8 and random 0.3"),
@@ -757,6 +790,28 @@ def test_state_is_weights_moments_and_a_number(straight_run):
     ],
 )
 def test_bad_setting_is_named(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        TrainingConfig(**wrong)
+
+
+def test_a_setting_is_the_same_whoever_made_its_numbers():
+    numpy = TrainingConfig(
+        steps=np.int64(4), extra=np.float64(2), seed=np.int64(3), families="hops", warmup=np.int64(0)
+    )
+    plain = TrainingConfig(steps=4, extra=2, seed=3, families=("hops",), warmup=0)
+    assert numpy == plain and json.dumps(dataclasses.asdict(numpy)) == json.dumps(dataclasses.asdict(plain))
+    assert isinstance(plain.extra, float) and training.Batches(plain, 4)[0][2].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"steps": 1e3}, "steps is 1000.0; it must be a whole number"),
+        ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
+    ],
+)
+def test_a_number_of_the_wrong_kind_is_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         TrainingConfig(**wrong)
 
