@@ -135,8 +135,7 @@ def generate(
     argument is a ValueError.
     """
     r = model.config.mean_recurrence if num_steps is None else num_steps
-    counts = dict(num_steps=r, max_new_tokens=max_new_tokens, min_steps=min_steps, check_every=check_every)
-    r, max_new_tokens, min_steps, check_every = check_counts(**counts)
+    check_counts(num_steps=r, max_new_tokens=max_new_tokens, min_steps=min_steps, check_every=check_every)
     if min_steps > r:
         raise ValueError(f"min_steps is {min_steps}; it must be from 1 to num_steps, here {r}")
     if criterion not in CRITERIA:

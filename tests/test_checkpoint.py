@@ -641,6 +641,13 @@ def test_a_made_checkpoint_in_another_number_format(shape, tmp_path):
     assert model.dtype == torch.bfloat16 and model.generation_config == {"eos_token_id": [3]}
 
 
+def test_a_made_checkpoint_may_go_where_a_link_points(shape, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    checkpoint.make_random(shape, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and checkpoint.load(tmp_path / "empty").config == shape
+
+
 def test_a_made_checkpoint_overwrites_nothing(shape, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.md").write_text("mine")

@@ -176,6 +176,22 @@ def test_numbers_may_be_of_numpy_or_torch(small_model, sampler):
     assert len(batch) == 2
 
 
+@pytest.mark.parametrize(
+    ("sampler", "counts"),
+    [
+        (adaptive_exit, {"min_steps": 2, "check_every": 1}),
+        (speculative, {"draft_steps": 2, "lookahead": 3}),
+        (lossless_wavefront, {"guess_after": 2, "max_wavefront": 3}),
+        (diffusion_forcing, {"inner_steps": 2, "max_wavefront": 3, "headway": 1}),
+    ],
+)
+def test_so_may_a_samplers_own(small_model, sampler, counts):
+    numpy = {name: np.int64(count) for name, count in counts.items()}
+    got = sampler.generate(small_model(0), [1, 2, 3], 9, trace=True, **numpy)
+    assert got == sampler.generate(small_model(0), [1, 2, 3], 9, trace=True, **counts)
+    assert all(type(depth) is int for step in got.trace for depth in (*got.depth, *step.depths))
+
+
 def test_under_autocast_decoding_says_what_to_do(small_model):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="load the model with dtype instead"):
         autoregressive.generate(small_model(0), [1, 2], 4)
