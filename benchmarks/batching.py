@@ -308,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--coda-batch", type=int, default=2, help="slots that prelude or coda wait for in modes depth "
                         "and wavefront (default: 2)")  # fmt: skip
     parser.add_argument("--num-steps", type=int, help="the fixed depth, and the most of an exit (default: the model's)")
+    parser.add_argument("--chunk", type=int, default=32, help="positions of a prompt in a pass, at most (default: 32)")
     parser.add_argument("--guess-after", type=int, default=1, help="steps after which a wave guesses (default: 1)")
     parser.add_argument("--replay", action="store_true", help="take exits from a run before, not from the criterion")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
@@ -315,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model = RecurrentDepthLM.from_pretrained("tiny")
     args.num_steps = model.config.mean_recurrence if args.num_steps is None else args.num_steps
-    for name in ("requests", "slots", "repeat", "coda_batch", "num_steps", "guess_after", "threads"):
+    for name in ("requests", "slots", "repeat", "coda_batch", "num_steps", "chunk", "guess_after", "threads"):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -332,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Model: the shipped one, depth {args.num_steps}, float32, greedy; {args.slots} slots of "
         f"{longest(problems)} tokens; {' and '.join(map(str, args.requests))} held-out problems of all families and "
         f"levels; exit below {EXIT}, {'replayed' if args.replay else 'live'}; coda batch {args.coda_batch}; "
-        f"waves guess after step {args.guess_after}; "
+        f"chunks of {args.chunk}; waves guess after step {args.guess_after}; "
         f"{args.repeat} repeats, modes in turns."
     )
 
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         mode, threshold = ROWS[name]
         engine = Replay if args.replay and threshold is not None and threshold in expected and name != LOSSY else Engine
         made = partial(engine, model, args.slots, longest(problems), mode=mode, coda_batch=args.coda_batch,
-                       num_steps=args.num_steps, guess_after=args.guess_after)  # fmt: skip
+                       num_steps=args.num_steps, chunk=args.chunk, guess_after=args.guess_after)  # fmt: skip
         run = Run(made, problems[:n], arrivals, None if engine is Replay else threshold)
         if engine is Replay:
             run.engine.depths = [generation.depth for generation in expected[threshold]]
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         settings = {"requests": args.requests, "slots": args.slots, "rates": args.rates, "repeat": args.repeat,
                     "replay": args.replay, "coda_batch": args.coda_batch, "guess_after": args.guess_after,
-                    "threshold": EXIT, "num_steps": args.num_steps}  # fmt: skip
+                    "threshold": EXIT, "num_steps": args.num_steps, "chunk": args.chunk}  # fmt: skip
         write_json(
             args.json,
             {"machine": before, "settings": settings, "workloads": found, "bounds": limits,

@@ -537,12 +537,15 @@ def test_the_bound_of_fixed_depth_is_that_of_the_costs_measured(batching, batchi
 
 
 def test_batching_at_another_depth(batching, tmp_path):
-    arguments = "--requests 2 --slots 2 --repeat 1 --num-steps 3 --guess-after 2 --rates".split()
+    arguments = "--requests 2 --slots 2 --repeat 1 --num-steps 3 --guess-after 2 --chunk 99 --rates".split()
     text, written = run(batching, arguments, tmp_path)
     assert "depth 3, float32" in text and written["settings"]["num_steps"] == 3
     rows = written["workloads"]["closed, 2"]
     assert all(rows[name]["mean_depth"]["median"] == 3 for name in rows if "fixed depth" in name)
     assert written["bounds"]["closed, 2"][0]["deepest"] == 3
+    problems = batching.mixed(2)  # a prompt is one trip through the loop, and in step so is a token of each
+    trips = max(len(p.target) for p in problems)
+    assert rows["sequence, fixed depth"]["passes_RECUR"]["median"] == 3 * trips
 
 
 def test_costs_are_of_full_passes(batching, small_model):
@@ -675,6 +678,7 @@ def test_requests_are_of_all_kinds_and_arrive_as_often_as_asked(batching):
         (["--guess-after", "99"], "--guess-after is 99; it must be from 1 to 12"),
         (["--guess-after", "5", "--num-steps", "4"], "--guess-after is 5; it must be from 1 to 4"),
         (["--num-steps", "0"], "--num-steps is 0; it must be at least 1"),
+        (["--chunk", "0"], "--chunk is 0; it must be at least 1"),
         (["--rates", "0.5", "0"], "--rates is [0.5, 0.0]; all must be above 0"),
     ],
 )
