@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -639,6 +640,15 @@ def test_a_made_checkpoint_in_another_number_format(shape, tmp_path):
     checkpoint.make_random(shape, tmp_path / "made", dtype=torch.bfloat16, generation_config={"eos_token_id": [3]})
     model = checkpoint.load(tmp_path / "made")
     assert model.dtype == torch.bfloat16 and model.generation_config == {"eos_token_id": [3]}
+
+
+def test_json_is_utf_8_whatever_the_locale(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_bytes('{"bos_token": "é"}'.encode())
+    code = (
+        "import sys; from pathlib import Path; from minirec.checkpoint import read_json; read_json(Path(sys.argv[1]))"
+    )
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "tokenizer_config.json"], env=plain, check=True)
 
 
 def test_a_made_checkpoint_may_go_where_a_link_points(shape, tmp_path):

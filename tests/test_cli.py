@@ -386,6 +386,18 @@ def test_make_checkpoint_into_the_folder_where_one_is(minirec_, tmp_path, monkey
     assert minirec_("info", tmp_path / "link")[0] == 0 and (tmp_path / "empty" / "tokenizer.json").exists()
 
 
+def test_a_terminal_that_cannot_show_a_token_gets_something_else(talker):
+    command = [sys.executable, "-m", "minirec.cli", "generate", "--model", talker, "x", "--seed", "3"]
+    command += ["--temperature", "1", "--max-new-tokens", "8"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"?" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("device", ["privateuseone", "hpu", "cuda:99", "nothing"])
+def test_a_device_that_is_not_here_is_one_error(minirec_, device):
+    assert_one_error(minirec_("generate", "x", "--device", device), f"'{device}' is not to be had here")
+
+
 def test_a_prompt_that_is_not_utf_8_is_refused(minirec_):
     assert_one_error(minirec_("generate", os.fsdecode(b"Mia \xff")), "the prompt is not UTF-8")
 

@@ -316,6 +316,14 @@ class Words:
         return " ".join(map(str, tokens))
 
 
+@pytest.mark.parametrize(
+    ("trace", "says"), [(None, "trace is None; generate with trace=True"), ([], "trace is empty: the prompt gave the")]
+)
+def test_a_generation_without_outer_steps_says_why(trace, says):
+    with pytest.raises(ValueError, match=says):
+        plots.wavefront(Generation(tokens=[2], depth=[1], trace=trace), 4)
+
+
 def test_unmasking_has_a_cell_for_every_hidden_token_and_a_dot_for_every_guess_to_be_changed():
     passes = [
         SimpleNamespace(known=[False, False, False], guesses=[7, 5, 6], confidence=[0.9, 0.5, 0.2]),
