@@ -14,32 +14,21 @@ import argparse
 import dataclasses
 
 import torch
-from samplers import run, summary
+from samplers import at_depth, run, samplers, summary
 from timing import in_words, machine, table, write_json
 
-from minirec import (
-    RecurrentDepthLM,
-    adaptive_exit,
-    autoregressive,
-    diffusion_forcing,
-    lossless_wavefront,
-    speculative,
-    tasks,
-)
+from minirec import RecurrentDepthLM, tasks
 
 DEPTH = 8  # the smallest that is enough for all families (benchmarks/samplers.py)
-BASE = "autoregressive"
-ROWS = {  # the settings that did best there
-    BASE: (autoregressive.generate, {}),
-    "adaptive exit, threshold 0.4, exit_in_prefill True": (
-        adaptive_exit.generate,
-        {"threshold": 0.4, "exit_in_prefill": True},
-    ),
-    "speculative, draft_steps 1, lookahead 4": (speculative.generate, {"draft_steps": 1, "lookahead": 4}),
-    "lossless wavefront, guess_after 1": (lossless_wavefront.generate, {"guess_after": 1}),
-    "lossless wavefront, guess_after 2": (lossless_wavefront.generate, {"guess_after": 2}),
-    "diffusion forcing, exit_threshold 0.4": (diffusion_forcing.generate, {"exit_threshold": 0.4}),
-}
+BASE = at_depth(DEPTH)
+ROWS = (  # of those samplers.py has, the settings that did best there
+    BASE,
+    f"adaptive exit, threshold 0.4, exit_in_prefill True, num_steps {DEPTH}",
+    f"speculative, draft_steps 1, lookahead 4, num_steps {DEPTH}",
+    f"lossless wavefront, guess_after 1, num_steps {DEPTH}",
+    f"lossless wavefront, guess_after 2, num_steps {DEPTH}",
+    f"diffusion forcing, exit_threshold 0.4, num_steps {DEPTH}",
+)
 
 
 def with_idle_blocks(model: RecurrentDepthLM, blocks: int) -> RecurrentDepthLM:
@@ -81,16 +70,17 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.problems} held-out problems of each family, all trained levels; at most {DEPTH} recurrence steps.\n"
     )
     by_family = [tasks.heldout(args.problems, seed=0, family=family) for family in tasks.FAMILIES]
-    rows = {name: (generate, {**options, "num_steps": DEPTH}) for name, (generate, options) in ROWS.items()}
+    settings = samplers(tiny.config.mean_recurrence, {DEPTH})
+    rows = {name: settings[name] for name in ROWS}
+    problems = [p for of_family in by_family for p in of_family]
     found: dict[int, dict] = {}
-    first = None
+    first: dict[str, list] = {}
     for blocks in args.blocks:
         model, results = with_idle_blocks(tiny, blocks), {name: [] for name in rows}
-        for problems in by_family:
-            for name, of_family in run(model, problems, rows).items():
+        for some in by_family:
+            for name, of_family in run(model, some, rows).items():
                 results[name] += of_family
         first = first or results
-        problems = [p for of_family in by_family for p in of_family]
         found[blocks] = {name: summary(row, results[BASE], problems) for name, row in results.items()}
         for name, row in results.items():
             same = sum(a.tokens == b.tokens for (_, a), (_, b) in zip(first[name], row, strict=True))

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -186,7 +187,8 @@ def generate(args: argparse.Namespace) -> None:
     options = _sampler_options(args)
     folder = checkpoint.locate(args.model, **_given(args, "revision"), weights=False)
     config, tokenizer = checkpoint.read_config(folder), read_tokenizer(folder)
-    prompt = _encode(tokenizer, sys.stdin.read() if args.prompt == "-" else args.prompt, config.bos_token_id)
+    asked = _text(sys.stdin.read if args.prompt == "-" else lambda: args.prompt)
+    prompt = _encode(tokenizer, asked, config.bos_token_id)
     model = _load(args)
     text = Stream(tokenizer, at_once=not args.stream)
     started = time.perf_counter()
@@ -213,11 +215,11 @@ def chat(args: argparse.Namespace) -> None:
     by_hand = sys.stdin.isatty()
     if by_hand:
         print("/new starts another conversation, /quit ends; Ctrl-C ends an answer")
-    beginning = [{"role": "system", "content": args.system}] if "system" in args else []
+    beginning = [{"role": "system", "content": _text(lambda: args.system)}] if "system" in args else []
     messages = list(beginning)
     while True:
         try:
-            line = input("> " if by_hand else "").strip()
+            line = _text(lambda: input("> " if by_hand else "")).strip()
         except EOFError:
             line = "/quit"
             print(end="\n" if by_hand else "")
@@ -253,8 +255,7 @@ def _sampler_options(args: argparse.Namespace) -> dict:
 
 
 def _load(args: argparse.Namespace) -> RecurrentDepthLM:
-    dtype = getattr(torch, args.dtype) if "dtype" in args else None
-    return checkpoint.load(args.model, device=args.device, dtype=dtype, **_given(args, "revision"))
+    return checkpoint.load(args.model, device=args.device, **_given(args, "dtype", "revision"))
 
 
 class Stream:
@@ -406,10 +407,18 @@ def _given(args: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names if name in args}
 
 
+def _text(source: Callable[[], str]) -> str:
+    """What somebody typed or piped; bytes that are no text are a ValueError."""
+    try:
+        text = source()
+        text.encode()  # Python lets other bytes through as halves of characters
+    except UnicodeError:
+        raise ValueError("the prompt is not UTF-8") from None
+    return text
+
+
 def _encode(tokenizer: Tokenizer, text: str, begin: int | None) -> list[int]:
     """Ids of a prompt, the begin token first if there is one; a word that would be lost is an error."""
-    if not text.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in text):  # what Python makes of other bytes
-        raise ValueError("the prompt is not UTF-8")
     encoding = tokenizer.encode(text, add_special_tokens=False)
     if not encoding.ids:
         raise ValueError("the prompt is empty")

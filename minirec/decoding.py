@@ -28,7 +28,7 @@ from torch import Tensor
 from minirec.config import RecurrentConfig, whole
 from minirec.fast_path import FastPath, room
 from minirec.kv_cache import Cells, Diagonal, KVCache, Window, upload
-from minirec.recurrent_block import RecurrentDepthLM, rotate
+from minirec.recurrent_block import RecurrentDepthLM, rotate, wide
 from minirec.token_choice import TokenChoice
 
 
@@ -88,9 +88,14 @@ class Options:
 
     def __post_init__(self):
         if self.stop_tokens is not None:
-            ids = self.stop_tokens.tolist() if hasattr(self.stop_tokens, "tolist") else self.stop_tokens
+            ids = plain(self.stop_tokens)
             ids = ids if isinstance(ids, Iterable) else [ids]
             self.stop_tokens = {whole("stop_tokens", token, 0) for token in ids}
+
+
+def plain(x):
+    """Lists and numbers of Python's own for tensors, arrays, and single numbers of such; anything else as it is."""
+    return x.tolist() if hasattr(x, "tolist") else x
 
 
 def as_seed(seed) -> int:
@@ -100,10 +105,6 @@ def as_seed(seed) -> int:
 
 def as_rows(prompt) -> tuple[list[list[int]], bool]:
     """A prompt or a batch of prompts as lists of ids, and whether it was a single one."""
-
-    def plain(x):
-        return x.tolist() if hasattr(x, "tolist") else x  # tensors, arrays, and single numbers of such
-
     rows = plain(prompt)
     if not isinstance(rows, Iterable) or isinstance(rows, (str, Mapping)):
         raise ValueError(f"prompt is {prompt!r}; it must be token ids, or a batch of such")
@@ -162,7 +163,7 @@ class Grid:
             raise ValueError("prompt is empty; it must hold at least one token")
         for ids in prompts:
             check_request(config, ids, max_new_tokens, config.block_size)
-        seeds = o.seed.tolist() if hasattr(o.seed, "tolist") else o.seed
+        seeds = plain(o.seed)
         seeds = [as_seed(s) for s in (seeds if isinstance(seeds, Iterable) else [seeds] * len(prompts))]
         if len(seeds) != len(prompts):
             raise ValueError(
@@ -271,8 +272,7 @@ class Grid:
             x = self.block(weights, x, at, "coda", layer, 0)
         if only is not None:
             x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
-        logits = F.linear(self.norm(x, self.ln_f), self.head)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return wide(F.linear(self.norm(x, self.ln_f), self.head))
 
     def _run(self, at: Window, work: Callable, *inputs) -> Tensor:
         """One of the three above on a window: as it is, or on the fast path."""

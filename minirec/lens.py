@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minirec.recurrent_block import RecurrentDepthLM
+from minirec.recurrent_block import RecurrentDepthLM, wide
 
 
 @torch.inference_mode()
@@ -55,7 +55,7 @@ def relative_change(states: Tensor) -> Tensor:
     In float32 or wider.  What the exit criterion of arXiv 2510.14961 (appendix A.1, algorithm 2) compares with its
     threshold.
     """
-    states = _wide(states)
+    states = wide(states)
     return (states[1:] - states[:-1]).norm(dim=-1) / states[1:].norm(dim=-1)
 
 
@@ -65,7 +65,7 @@ def distance_to_end(states: Tensor) -> Tensor:
 
     Drawn as tokens x steps this is the convergence map of arXiv 2502.05171, figure 11.
     """
-    states = _wide(states)
+    states = wide(states)
     return (states - states[-1]).norm(dim=-1)
 
 
@@ -86,8 +86,7 @@ def logit_lens(model: RecurrentDepthLM, states: Tensor) -> Tensor:
     """
 
     def read(s: Tensor) -> Tensor:
-        logits = model.lm_head(model.transformer.ln_f(s))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return wide(model.lm_head(model.transformer.ln_f(s)))
 
     return _by_step(read, states)
 
@@ -117,7 +116,7 @@ def principal_components(states: Tensor, n: int = 2) -> Tensor:
     Centred over all leading axes, then a singular value decomposition.  Its signs are free; here the largest weight
     of every direction is positive.  ValueError if there are no n directions.  As in arXiv 2502.05171, figure 12.
     """
-    rows = _wide(states).reshape(-1, states.shape[-1])  # (N, d)
+    rows = wide(states).reshape(-1, states.shape[-1])  # (N, d)
     if not 1 <= n <= min(rows.shape):
         raise ValueError(
             f"n is {n}; {len(rows)} states of width {rows.shape[1]} have 1 to {min(rows.shape)} directions"
@@ -126,8 +125,3 @@ def principal_components(states: Tensor, n: int = 2) -> Tensor:
     directions = torch.linalg.svd(rows, full_matrices=False).Vh[:n]  # (n, d)
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))  # (n, 1)
     return (rows @ (directions * largest.sign()).T).view(*states.shape[:-1], n)
-
-
-def _wide(states: Tensor) -> Tensor:
-    """In a number format that norms and decompositions can be trusted in, and NumPy knows."""
-    return states if states.dtype == torch.float64 else states.float()

@@ -123,7 +123,6 @@ class MinirecLM(TemplateLM):
         self._rank, self._world_size = processes.place()
         self.pretrained, self.folder = pretrained, checkpoint.locate(pretrained, revision)
         self.tokenizer, self.template = read_tokenizer(self.folder), None
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.model = checkpoint.load(pretrained, device=self._device, dtype=dtype, revision=revision)
         context = self.model.config.block_size
         self.max_length = context if max_length is None else max_length

@@ -44,6 +44,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 or wider: what norms, rotations and logits are computed in, and NumPy knows."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rope_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """Unit complex numbers exp(i p theta_c) that rotate channel pair c of a query or key at position p.
 
@@ -60,8 +65,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
     A pair is one complex number, so the rotation is one multiplication; it is done in float32 or wider.
     """
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))  # (B, T, n, H, head_dim/2)
+    pairs = torch.view_as_complex(wide(x).view(*x.shape[:-1], -1, 2))  # (B, T, n, H, head_dim/2)
     return torch.view_as_real(pairs * rope).view(x.shape).to(x.dtype)
 
 
@@ -231,8 +235,7 @@ class RecurrentDepthLM(nn.Module):
         rope = self._rope_of(x)
         for block in self.transformer.coda:
             x = block(x, rope)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return wide(self.lm_head(self.transformer.ln_f(x)))  # (B, T, V)
 
     def forward(self, tokens: Tensor, num_steps: int | None = None, state: Tensor | None = None) -> Output:
         """Run `num_steps` recurrence steps on tokens (B, T) int64, from `state` (B, T, d) or the initial one.

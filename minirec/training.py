@@ -82,13 +82,13 @@ class TrainingConfig:
     save_every: int = 500
 
     def __post_init__(self):
-        self.seed = whole("seed", self.seed, 0, 2**32 - 1)
+        self.seed, self.staged = whole("seed", self.seed, 0, 2**32 - 1), bool(self.staged)
         for field in fields(self):  # as Python's own, so that a run is the same run whoever made its numbers
-            value = getattr(self, field.name)
-            if field.type == "int" and field.name != "seed":
-                setattr(self, field.name, whole(field.name, value, 1))
-            elif field.type in ("float", "bool"):
-                setattr(self, field.name, number(field.name, value) if field.type == "float" else bool(value))
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "float":
+                setattr(self, name, number(name, value))
+            elif field.type == "int" and name != "seed":
+                setattr(self, name, whole(name, value, 1))
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
@@ -384,7 +384,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
             _save(model, optimizer, config, folder, done, log, running)
     if first >= end:  # it had come so far before
         log += [line(first)] if running else []
-        log[-1] |= measured()
+        log[-1] |= {} if held_out.keys() <= log[-1].keys() else measured()
     model.eval()
     if rank == 0:
         model.save_pretrained(folder / "checkpoint")

@@ -537,14 +537,14 @@ def test_the_bound_of_fixed_depth_is_that_of_the_costs_measured(batching, batchi
 
 
 def test_batching_at_another_depth(batching, tmp_path):
-    arguments = "--requests 2 --slots 2 --repeat 1 --num-steps 3 --guess-after 2 --chunk 99 --rates".split()
+    arguments = "--requests 2 --slots 2 --repeat 1 --num-steps 3 --guess-after 2 --chunk 8 --rates".split()
     text, written = run(batching, arguments, tmp_path)
     assert "depth 3, float32" in text and written["settings"]["num_steps"] == 3
     rows = written["workloads"]["closed, 2"]
     assert all(rows[name]["mean_depth"]["median"] == 3 for name in rows if "fixed depth" in name)
     assert written["bounds"]["closed, 2"][0]["deepest"] == 3
-    problems = batching.mixed(2)  # a prompt is one trip through the loop, and in step so is a token of each
-    trips = max(len(p.target) for p in problems)
+    # every chunk is a trip through the loop, of which the last gives a token, and in step so is a token of each
+    trips = max(-(-len(p.prompt) // 8) + len(p.target) - 1 for p in batching.mixed(2))
     assert rows["sequence, fixed depth"]["passes_RECUR"]["median"] == 3 * trips
 
 

@@ -402,6 +402,14 @@ def test_a_prompt_that_is_not_utf_8_is_refused(minirec_):
     assert_one_error(minirec_("generate", os.fsdecode(b"Mia \xff")), "the prompt is not UTF-8")
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of stdin, by the locale
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_nor_may_it_come_through_a_pipe(minirec_, talker, monkeypatch, command, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Mia \xff\n"), encoding="utf-8", errors=errors))
+    prompt = ["-"] if command == "generate" else []
+    assert_one_error(minirec_(command, *prompt, "--model", talker), "the prompt is not UTF-8")
+
+
 def test_make_checkpoint_can_be_talked_to(minirec_, tmp_path, monkeypatch):
     monkeypatch.setitem(cli.PRESETS, "small", dict(n_embd=16, n_heads=2, intermediate_size=24, vocab_size=300))
     path = tmp_path / "made"

@@ -172,8 +172,11 @@ def test_numbers_may_be_of_numpy_or_torch(small_model, sampler):
         for stop in (number([4, 5]), [number(4), number(5)]):
             got = sampler.generate(model, prompt, number(9), num_steps=number(3), stop_tokens=stop, **options)
             assert got == plain and all(type(x) is int for x in (*got.tokens, *got.depth))
-    batch = sampler.generate(model, np.array([[1, 2, 3]] * 2), 9, num_steps=3, seed=np.array([7, 8]), stop_tokens=4)
-    assert len(batch) == 2
+    sampled = dict(num_steps=3, temperature=1.0, stop_tokens=4)
+    batch = sampler.generate(model, np.array([[1, 2, 3]] * 2), 9, seed=np.array([7, 8]), **sampled)
+    alone = [sampler.generate(model, [1, 2, 3], 9, seed=seed, **sampled) for seed in (7, 8)]
+    assert [g.tokens for g in batch] == [g.tokens for g in alone]
+    assert sampler.generate(model, [1, 2, 3], 9, seed=7, **sampled | {"stop_tokens": torch.tensor(4)}) == alone[0]
 
 
 @pytest.mark.parametrize(

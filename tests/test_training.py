@@ -707,6 +707,12 @@ def test_a_run_that_has_come_so_far_says_how_far(tmp_path):
     assert training.train(fresh_model(), config, tmp_path, until=1)[-1]["step"] == 2
 
 
+def test_a_run_that_has_ended_is_not_measured_again(straight_run, monkeypatch):
+    _, log, folder = straight_run
+    monkeypatch.setattr(training, "exact_match", lambda *_: pytest.fail("it is in the log"))
+    assert training.train(fresh_model(), TrainingConfig(**RUN), folder) == log
+
+
 def test_what_is_frozen_stays_and_a_run_of_it_resumes(tmp_path):
     models = []
     for until in (6, 12):
