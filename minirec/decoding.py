@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -323,9 +322,10 @@ def twin(module: nn.Module) -> Any:
 def _function(module: nn.Module) -> Any:
     """What stands for a module in its parent's twin: something to call, or to look further parts up in."""
     if isinstance(module, nn.Linear):
-        return partial(F.linear, weight=module.weight, bias=module.bias)
+        weight, bias = module.weight, module.bias
+        return lambda x: F.linear(x, weight, bias)
     if isinstance(module, nn.Embedding):
-        return partial(F.embedding, weight=module.weight)
+        return lambda tokens: F.embedding(tokens, module.weight)
     if isinstance(module, RMSNorm):
         small_kernels = module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.float64)
         return quick_norm(module.weight, module.eps) if small_kernels else twin(module).forward

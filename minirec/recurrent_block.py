@@ -114,7 +114,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         gate, value = self.fc(x).chunk(2, dim=-1)  # (B, T, intermediate_size) each
-        return self.proj(F.silu(gate) * value)
+        return self.proj(F.silu(gate).mul_(value))
 
 
 class SandwichBlock(nn.Module):
@@ -137,8 +137,8 @@ class SandwichBlock(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
         """(B, T, d) -> (B, T, d); rope and attend as for `Attention`."""
-        x = self.norm_2(self.attn(self.norm_1(x), rope, attend) + x)
-        return self.norm_4(self.mlp(self.norm_3(x)) + x)
+        x = self.norm_2(self.attn(self.norm_1(x), rope, attend).add_(x))  # in place: decoding is many small calls
+        return self.norm_4(self.mlp(self.norm_3(x)).add_(x))
 
 
 class Whole:
