@@ -70,7 +70,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     A pair is one complex number, so the rotation is one multiplication; it is done in float32 or wider.
     """
     pairs = torch.view_as_complex(wide(x).view(*x.shape[:-1], -1, 2))  # (B, T, n, H, head_dim/2)
-    return torch.view_as_real(pairs * rope).view(x.shape).to(x.dtype)
+    turned = torch.view_as_real(pairs * rope).view(x.shape)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)  # a cast to the same format is not free
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,14 +91,21 @@ class Attention(nn.Module):
         shape = (2, 1, config.n_heads, config.head_dim)
         self.qk_bias = nn.Parameter(torch.zeros(shape)) if config.qk_bias else None
 
+    @property
+    def offset(self) -> Tensor | None:
+        """What is added to queries and keys, (2, H, c), if anything is."""
+        return None if self.qk_bias is None else self.qk_bias.squeeze(1)
+
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
         """x (B, T, d), rope (T, 1, 1, head_dim/2) -> (B, T, d).
 
         attend: q, k, v (B, H, T, c) -> (B, T, H, c).  Training attends to the window itself; decoding stores k and v
         in the cache, then attends to all that it holds.
         """
-        qkv = self.Wqkv(x).view(*x.shape[:2], 3, self.n_heads, -1)  # (B, T, 3, H, c)
-        qk = qkv[:, :, :2] if self.qk_bias is None else qkv[:, :, :2] + self.qk_bias.squeeze(1)  # (B, T, 2, H, c)
+        B, T, _ = x.shape
+        qkv = self.Wqkv(x).view(B, T, 3, self.n_heads, -1)  # (B, T, 3, H, c)
+        offset = self.offset
+        qk = qkv[:, :, :2] if offset is None else qkv[:, :, :2] + offset  # (B, T, 2, H, c)
         q, k = rotate(qk, rope).transpose(1, 3).unbind(2)  # (B, H, T, c) each
         y = attend(q, k, qkv[:, :, 2].transpose(1, 2))  # (B, T, H, c)
         return self.proj(y.flatten(2))  # (B, T, d)
