@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 
+from minirec.config import one_of, shown, whole
 from minirec.tokenizer import BEGIN, END, LETTERS, NAMES, ORDINALS, THINGS, task_tokenizer
 
 # name -> levels, easiest first: those trained, and harder ones that training never shows
@@ -139,13 +140,13 @@ def problems(split: str, seed: int | str = 0, family: str = "words", level: int 
 
     Raises ValueError for an unknown split or family, or a level that the split does not have.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
-    if family not in FAMILIES:
-        raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
+    one_of("split", split, ("train", "heldout"))
+    one_of("family", family, FAMILIES)
     levels = FAMILIES[family] + (HARDER[family] if split == "heldout" else ())
+    level = None if level is None else whole("level", level)
     if level is not None and level not in levels:
-        raise ValueError(f"level is {level}; in split {split!r} family {family!r} has levels {levels}")
+        raise ValueError(f"level is {shown(level)}; in split {split!r} family {family!r} has levels {levels}")
+    seed = seed if isinstance(seed, str) else whole("seed", seed)
     write = {"words": _word_problem, "automaton": _automaton, "hops": _hops}[family]
     rng = random.Random(f"{split} {seed} {family} {level}")
     while True:
@@ -161,8 +162,7 @@ def heldout(n: int, seed: int = 0, family: str = "words", level: int | None = No
     level None mixes the trained levels evenly; one of HARDER[family] is harder than any that training shows.  Raises
     ValueError if there are not so many.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
+    n = whole("n", n, 1, 10**6)
     seen: dict[str, Problem] = {}
     in_vain = 0
     for problem in problems("heldout", seed, family, level):
