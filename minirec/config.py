@@ -48,7 +48,7 @@ def whole(name: str, value, least: int | None = None, most: int | None = None) -
     given = plain(value)
     try:
         n = None if isinstance(given, bool) else operator.index(given)
-    except TypeError:
+    except (TypeError, RuntimeError):
         n = None
     if n is None or (least is not None and n < least) or (most is not None and n > most):
         limits = "" if least is None else f", at least {least}" if most is None else f" from {least} to {most}"

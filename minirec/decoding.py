@@ -18,7 +18,7 @@ code of its own.  Notebook: 06_diffusion_forcing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -98,25 +98,25 @@ class Options:
         self.trace, self.fast = flag("trace", self.trace), flag("fast", self.fast)
 
 
+def is_list(x) -> bool:
+    """Whether x is a sequence, and not text."""
+    return isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray))
+
+
 def token_ids(name: str, ids) -> set[int]:
-    """One token id, or several, as a set of ints; ValueError naming anything that is none."""
+    """One token id, or a list or set of them, as a set of ints; ValueError naming anything else."""
     ids = plain(ids)
-    many = isinstance(ids, Collection) and not isinstance(ids, (bytes, bytearray))
-    return {whole(name, token, 0) for token in (ids if many else [ids])}
+    return {whole(name, token, 0) for token in (ids if is_list(ids) or isinstance(ids, Set) else [ids])}
 
 
 def as_rows(prompt) -> tuple[list[list[int]], bool]:
     """A prompt or a batch of prompts as lists of ids, and whether it was a single one; ValueError for anything else."""
-
-    def is_row(x) -> bool:
-        return isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray))
-
     rows = plain(prompt)
-    if not is_row(rows):
+    if not is_list(rows):
         raise ValueError(f"prompt is {shown(prompt)}; it must be token ids, or a batch of such")
     rows = [plain(row) for row in rows]
-    single = not any(is_row(row) for row in rows)
-    if not single and not all(is_row(row) for row in rows):
+    single = not any(map(is_list, rows))
+    if not single and not all(map(is_list, rows)):
         raise ValueError(f"prompt is {shown(prompt)}; it must be token ids, or a batch of such, and not both")
     return [rows] if single else [[plain(token) for token in row] for row in rows], single
 
@@ -168,7 +168,7 @@ class Grid:
         for ids in prompts:
             check_request(config, ids, max_new_tokens, config.block_size)
         seeds = plain(o.seed)
-        seeds = [as_seed(s) for s in (seeds if isinstance(seeds, Sequence) else [seeds] * len(prompts))]
+        seeds = [as_seed(s) for s in (seeds if is_list(seeds) else [seeds] * len(prompts))]
         if len(seeds) != len(prompts):
             raise ValueError(
                 f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each"

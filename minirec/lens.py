@@ -40,9 +40,9 @@ def trajectory(
     argument, as the model does.
     """
     num_steps = model.checked_steps(tokens, num_steps, state)
-    e = model.prelude(tokens)  # (B, T, d)
     if state is None:
-        state = model.initial_state(torch.arange(tokens.shape[1], device=e.device), seed=seed, scale=scale)
+        state = model.initial_state(torch.arange(tokens.shape[1], device=tokens.device), seed=seed, scale=scale)
+    e = model.prelude(tokens)  # (B, T, d)
     states = e.new_empty(num_steps + 1, *e.shape)  # (r + 1, B, T, d)
     states[0] = state
     for k in range(num_steps):

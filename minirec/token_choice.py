@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minirec.config import number, whole
+from minirec.config import number, shown, whole
 from minirec.noise import gumbel
 
 COLDEST = 1e-6  # the lowest temperature: a logit divided by it is still far from the end of float32
@@ -48,7 +48,7 @@ class TokenChoice:
                 checked[name] = number(name, value, above=0, most=1)
         if temperature == 0 and len(checked) > 1:
             name = [*checked][1]
-            raise ValueError(f"{name} is {checked[name]}, which has no effect at temperature 0; leave it out")
+            raise ValueError(f"{name} is {shown(checked[name])}, which has no effect at temperature 0; leave it out")
         if self.repetition_penalty is not None:
             checked["repetition_penalty"] = number("repetition_penalty", self.repetition_penalty, least=1e-6, most=1e6)
         for name, value in checked.items():
