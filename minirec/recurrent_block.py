@@ -21,7 +21,9 @@ Notebook: 01_recurrent_block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,10 @@ class RecurrentDepthLM(nn.Module):
     version, which training uses.  Decoding runs the same blocks a few positions at a time against stored keys and
     values (`minirec.decoding`), and is tested to give the same numbers.
     """
+
+    # Reading and writing files is above this module, so the package attaches these two (minirec/__init__.py).
+    from_pretrained: ClassVar[Callable[..., RecurrentDepthLM]]
+    save_pretrained: Callable[..., None]
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
@@ -283,16 +289,3 @@ class RecurrentDepthLM(nn.Module):
             if state.dtype != self.dtype and not torch.is_autocast_enabled(self.device.type):
                 raise ValueError(f"state is {state.dtype}; it must be {self.dtype}, as the model is")
         return num_steps
-
-    @classmethod
-    def from_pretrained(cls, name: str, **options) -> RecurrentDepthLM:
-        """Load a checkpoint: `"tiny"` (shipped), a folder, or a hub id; see `minirec.checkpoint.load`."""
-        from minirec import checkpoint
-
-        return checkpoint.load(name, **options)
-
-    def save_pretrained(self, folder, **options) -> None:
-        """Write a checkpoint that this class and the official one read; see `minirec.checkpoint.save`."""
-        from minirec import checkpoint
-
-        checkpoint.save(self, folder, **options)

@@ -18,6 +18,11 @@ iterate it in place.  Three ways of equal length hide in every set of arrows, an
 
 A problem belongs to the training or to the held-out split by a hash of its text, so the two can never share one.
 Levels above the trained ones are held out altogether.
+
+The task vocabulary is a few dozen whole words, the ten digits and 40 letters that name places: numbers are written
+digit by digit, so that arithmetic has to be done and cannot be looked up.  The ">" of an arrow like k>c is for the
+reader; the tokenizer drops it, and the model sees the letters k c.  The vocabulary is stored as an ordinary
+`tokenizer.json`, the same file that published checkpoints carry, so one loading path serves both.
 """
 
 from __future__ import annotations
@@ -29,8 +34,48 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
 from minirec.config import one_of, shown, whole
-from minirec.tokenizer import BEGIN, END, LETTERS, NAMES, ORDINALS, THINGS, task_tokenizer
+
+SPECIAL = ["<pad>", "<begin>", "<end>"]
+PUNCTUATION = list(".,?+-*/=")
+DIGITS = list("0123456789")
+ORDINALS = ["First", "Then", "Next", "Later", "Finally"]
+NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Sam", "Eva", "Max"]
+THINGS = ["pears", "plums", "cards", "coins", "books", "shells", "stamps", "beads"]
+WORDS = (
+    "has buys finds gives eats loses sells doubles triples gets half of the to from than more fewer away "
+    "so How many does have The answer is Run steps Follow"
+).split()
+LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN")
+VOCABULARY = SPECIAL + PUNCTUATION + DIGITS + ORDINALS + NAMES + THINGS + WORDS + LETTERS
+
+PAD, BEGIN, END = range(3)
+
+
+def task_tokenizer() -> Tokenizer:
+    """The tokenizer of the task vocabulary; `decode` puts numbers and punctuation back together."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(">", "removed"),
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex("$"), " "),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
+            decoders.Replace(Regex(r" (?=[.,?])"), ""),
+            decoders.Replace(Regex(" $"), ""),
+        ]
+    )
+    return tokenizer
+
 
 # name -> levels, easiest first: those trained, and harder ones that training never shows
 FAMILIES = {"words": (2, 3, 4, 5), "automaton": (1, 2, 3, 4, 5, 6), "hops": (1, 2, 3, 4, 5, 6, 7, 8)}

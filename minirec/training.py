@@ -22,27 +22,24 @@ each draws the whole of it, and only gradients and losses are added up.  Noteboo
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import islice
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minirec import checkpoint, processes, tasks
+from minirec import tasks
 from minirec.config import MOST_STEPS, flag, number, one_of, plain, shown, whole
 from minirec.recurrent_block import RecurrentDepthLM
-from minirec.tokenizer import PAD, task_tokenizer
+from minirec.tasks import PAD, task_tokenizer
 
 IGNORE = -100  # label of a position that carries no loss
 MOST = {"batch_tokens": 2**24, "evaluate_on": 10**6, "extra": MOST_STEPS}  # upper bounds of a TrainingConfig
@@ -293,6 +290,19 @@ class Batches:
         return torch.where(kind >= 1 - self.config.random, paper, depths)
 
 
+def place() -> tuple[int, int]:
+    """Which process this is, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, each of which has to ask for it; on the device of x, without a gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 @torch.inference_mode()
 def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_steps: int | None = None) -> float:
     """Share of problems whose whole solution greedy decoding gets right, token for token, in one forward pass.
@@ -301,25 +311,26 @@ def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_step
     solution's own tokens before it; so nothing has to be generated.  Under torchrun each process looks at its share of
     the problems, so all have to call this, and all get the whole answer.
     """
-    rank, world = processes.place()
+    rank, world = place()
     right = torch.zeros((), device=model.device, dtype=torch.float32)
     if own := problems[rank::world]:
         tokens, labels = (t.to(model.device) for t in batch_of(own))
         guesses = model(tokens, num_steps=num_steps).logits.argmax(-1)  # (B, T)
         right = ((guesses == labels) | (labels == IGNORE)).all(dim=1).float().sum()
-    return processes.total(right).item() / len(problems)
+    return total(right).item() / len(problems)
 
 
-def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, until: int | None = None) -> list[dict]:
-    """Train `model` in place and return the log; `folder` gets the log, resumable state and the checkpoint.
+def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int | None = None) -> list[dict]:
+    """Train `model` in place and return the log, one row every `log_every` steps.
 
-    If `folder` holds a run of the same configuration, it is continued where it was last saved; a run of
+    run: a `minirec.files.run.Run`, the folder that gets the log, resumable state and the checkpoint; None keeps
+    nothing.  If the folder holds a run of the same configuration, training continues from its last save; a run of
     another configuration is a ValueError.  A run that is killed loses what it did since the last save.
     until: stop after this step, for now or for good; what is planned for later steps stays as it is.
 
-    Processes that have met (`minirec.processes`) train one model together: each runs its share of the rows of the same
-    batches, so that their number changes nothing but rounding, and a run may be resumed by another number of them.
-    All read the folder, and the first one alone writes to it.  ValueError if a batch may have fewer rows than there
+    Processes that torchrun started (`minirec.tools.processes`) train one model together: each runs its share of the
+    rows of the same batches, so their number changes nothing but rounding, and a run may be resumed by another number
+    of them.  All read the folder; only the first writes to it.  ValueError if a batch may have fewer rows than there
     are processes.
     """
     end = config.steps if until is None else until
@@ -327,15 +338,13 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
         raise ValueError(f"until is {until}; it must be from 1 to steps, here {config.steps}")
     if model.config.padded_vocab_size < (needed := task_tokenizer().get_vocab_size()):
         raise ValueError(f"vocab_size is {model.config.vocab_size}; the tasks' tokenizer needs {needed}")
-    data, (rank, world) = Batches(config, model.config.mean_recurrence), processes.place()
+    data, (rank, world) = Batches(config, model.config.mean_recurrence), place()
     fewest = min(data.rows(family, tasks.FAMILIES[family]) for family in config.families) if world > 1 else 1
     if fewest < world:
         raise ValueError(
             f"batch_tokens is {config.batch_tokens}, too few for a row for each of {world} processes: a batch may have "
             f"{fewest}"
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     device = model.device
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -344,7 +353,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
         weight_decay=config.weight_decay,
         fused=True,
     )
-    first, log, running = _resume(model, optimizer, config, folder)
+    first, log, running = run.resume(model, optimizer, config) if run else (0, [], [])
     objective = Objective(model)
     if world > 1:
         objective = DistributedDataParallel(objective)
@@ -375,70 +384,17 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, u
             group["lr"] = config.rate(step)
         optimizer.step()
 
-        running.append(processes.total(loss).item())
+        running.append(total(loss).item())
         done = step + 1
         if done % config.log_every == 0 or done == end:
             log.append(line(done) | (measured() if done % config.evaluate_every == 0 or done == end else {}))
             running = []
-        if rank == 0 and (done % config.save_every == 0 or done == end):
-            _save(model, optimizer, config, folder, done, log, running)
+        if run and rank == 0 and (done % config.save_every == 0 or done == end):
+            run.save(model, optimizer, config, done, log, running)
     if first >= end:  # it had come so far before
         log += [line(first)] if running else []
         log[-1] |= {} if held_out.keys() <= log[-1].keys() else measured()
     model.eval()
-    if rank == 0:
-        model.save_pretrained(folder / "checkpoint")
+    if run and rank == 0:
+        run.finish(model)
     return log
-
-
-def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log: list[dict], running: list) -> None:
-    """Write log and state, each whole or not at all; the state's metadata says which run and step it is."""
-
-    def write_log(part: str) -> None:
-        with open(part, "w", newline="") as f:
-            writer = csv.DictWriter(f, ["step", "loss", "rate", "seconds", *dict.fromkeys(config.families)])
-            writer.writeheader()
-            writer.writerows(log)
-
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"weight.{name}"] = p.detach().contiguous()
-        if p.requires_grad:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = optimizer.state[p][moment].contiguous()
-    run = {
-        "step": str(step),
-        "running": json.dumps(running),
-        "training": json.dumps(asdict(config)),
-        "model": json.dumps(model.config.to_dict()),
-    }
-    # the log first: one that is ahead of the state is cut back
-    checkpoint.write_whole(folder / "log.csv", write_log)
-    checkpoint.write_whole(folder / "state.safetensors", lambda part: save_file(tensors, part, metadata=run))
-
-
-def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int, list[dict], list[float]]:
-    """Put weights and moments back as they were last saved; returns step, log, and losses not yet logged."""
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0, [], []
-    with checkpoint.opened(path) as f:
-        run = f.metadata() or {}
-        ours = {"training": json.dumps(asdict(config)), "model": json.dumps(model.config.to_dict())}
-        for what, value in ours.items():
-            if run.get(what) != value:
-                raise ValueError(f"{path} is of another run: its {what} is {run.get(what)}, this one's is {value}")
-        step = int(run["step"])
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(f.get_tensor(f"weight.{name}"))
-                if not p.requires_grad:
-                    continue
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(step), device=p.device),
-                    "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),
-                    "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p.device),
-                }
-    with open(folder / "log.csv", newline="") as f:
-        log = [{k: float(v) if k != "step" else int(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    return step, [row for row in log if row["step"] <= step], json.loads(run["running"])
