@@ -18,7 +18,7 @@ code of its own.  Notebook: 06_diffusion_forcing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirec.config import RecurrentConfig, whole
+from minirec.config import RecurrentConfig, flag, number, plain, shown, whole
 from minirec.fast_path import FastPath, room
 from minirec.kv_cache import Cells, Diagonal, KVCache, Window, upload
+from minirec.noise import as_seed
 from minirec.recurrent_block import RecurrentDepthLM, RMSNorm
 from minirec.token_choice import TokenChoice
 
@@ -66,12 +67,14 @@ class Generation:
 class Options:
     """What every sampler takes besides its own arguments.
 
-    kv "full" or "shared" with kv_slots: see `minirec.kv_cache`.  init_scale: size of the random initial state,
-    0 for zeros.  seed: an int, or one per prompt.  temperature 0 is greedy; with top_k, top_p, min_p and
-    repetition_penalty see `minirec.token_choice`.  stop_tokens: ids that end a generation, None for the
-    checkpoint's own, () for none.  on_token: called with every token id as it becomes final, and for a batch also
-    with its row; returning False ends that generation there.  trace: record every outer step.  fast: static shapes,
-    replayed as CUDA graphs on a GPU (`minirec.fast_path`); on a CPU it gains nothing.
+    kv: "full", or "shared" with kv_slots (`minirec.kv_cache`).  init_scale: scale of the random initial state, from 0
+    (zeros) to 1000.  seed: an int, or one per prompt.  temperature, top_k, top_p, min_p, repetition_penalty: those of
+    `minirec.token_choice`.  stop_tokens: ids that end a generation; None for the checkpoint's, () for none.  on_token:
+    called with every token id as it becomes final, and for a batch also with its row; returning False ends that
+    generation.  trace: record every outer step.  fast: static shapes, replayed as CUDA graphs on a GPU
+    (`minirec.fast_path`); no gain on a CPU.
+
+    Raises ValueError for a bad value, TypeError for an unknown name.
     """
 
     kv: str = "full"
@@ -89,50 +92,53 @@ class Options:
     fast: bool = False
 
     def __post_init__(self):
+        self.init_scale = number("init_scale", self.init_scale, least=0, most=1000)
         if self.stop_tokens is not None:
-            ids = plain(self.stop_tokens)
-            ids = ids if isinstance(ids, Iterable) else [ids]
-            self.stop_tokens = {whole("stop_tokens", token, 0) for token in ids}
+            self.stop_tokens = token_ids("stop_tokens", self.stop_tokens)
+        if self.on_token is not None and not callable(self.on_token):
+            raise ValueError(f"on_token is {shown(self.on_token)}; it must be a function, or None")
+        self.trace, self.fast = flag("trace", self.trace), flag("fast", self.fast)
 
 
-def plain(x):
-    """Lists and numbers of Python's own for tensors, arrays, and single numbers of such; anything else as it is."""
-    return x.tolist() if hasattr(x, "tolist") else x
+def is_list(x) -> bool:
+    """Whether x is a sequence, and not text."""
+    return isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray))
 
 
-def as_seed(seed) -> int:
-    """What the noise of a row hangs on, an int64; anything else is a ValueError."""
-    return whole("seed", seed, -(2**63), 2**63 - 1)
+def token_ids(name: str, ids) -> set[int]:
+    """One token id, or a list or set of them, as a set of ints; ValueError naming anything else."""
+    ids = plain(ids)
+    return {whole(name, token, 0) for token in (ids if is_list(ids) or isinstance(ids, Set) else [ids])}
 
 
 def as_rows(prompt) -> tuple[list[list[int]], bool]:
-    """A prompt or a batch of prompts as lists of ids, and whether it was a single one."""
+    """A prompt or a batch of prompts as lists of ids, and whether it was a single one; ValueError for anything else."""
     rows = plain(prompt)
-    if not isinstance(rows, Iterable) or isinstance(rows, (str, Mapping)):
-        raise ValueError(f"prompt is {prompt!r}; it must be token ids, or a batch of such")
+    if not is_list(rows):
+        raise ValueError(f"prompt is {shown(prompt)}; it must be token ids, or a batch of such")
     rows = [plain(row) for row in rows]
-    single = not any(isinstance(row, Iterable) for row in rows)
-    if not single and not all(isinstance(row, Iterable) for row in rows):
-        raise ValueError(f"prompt is {prompt!r}; it must be token ids, or a batch of such, and not both")
+    single = not any(map(is_list, rows))
+    if not single and not all(map(is_list, rows)):
+        raise ValueError(f"prompt is {shown(prompt)}; it must be token ids, or a batch of such, and not both")
     return [rows] if single else [[plain(token) for token in row] for row in rows], single
 
 
 def check_counts(**counts: int) -> list[int]:
-    """The counts as ints; a ValueError that names the first that is not a whole number of at least 1."""
+    """The counts as ints; ValueError naming the first that is not a whole number of at least 1."""
     return [whole(name, value, 1) for name, value in counts.items()]
 
 
 def check_request(config: RecurrentConfig, ids: list[int], max_new_tokens: int, context: int) -> None:
-    """A ValueError that says what is wrong with a prompt, or with what is asked to follow it."""
+    """Raise ValueError if a prompt is empty, holds something that is no token id, or leaves too little context."""
     if not ids:
         raise ValueError("prompt is empty; it must hold at least one token")
     for token in ids:
-        if not isinstance(token, int) or not 0 <= token < config.padded_vocab_size:
-            raise ValueError(f"prompt holds {token!r}; token ids are from 0 to {config.padded_vocab_size - 1}")
+        if type(token) is not int or not 0 <= token < config.padded_vocab_size:
+            raise ValueError(f"prompt holds {shown(token)}; token ids are from 0 to {config.padded_vocab_size - 1}")
     if len(ids) + max_new_tokens > context:
         raise ValueError(
-            f"prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} make {len(ids) + max_new_tokens}; "
-            f"the context is {context} tokens"
+            f"prompt of {len(ids)} tokens and max_new_tokens {shown(max_new_tokens)} make "
+            f"{shown(len(ids) + max_new_tokens)}; the context is {context} tokens"
         )
 
 
@@ -140,8 +146,8 @@ class Grid:
     """B sequences x L positions: tokens, states, depths, cache; and the four operations that advance a window.
 
     prompt: ids as a list or 1-D tensor, or a batch of such.  num_steps: r, None for the config's
-    mean_recurrence.  spare: positions allocated in a batch for rows that are narrower than the widest.  Every
-    argument is checked before any work; what is wrong is a ValueError that names it.
+    mean_recurrence.  spare: positions allocated in a batch for rows that are narrower than the widest.  Raises
+    ValueError naming a bad argument, before any work.
     """
 
     def __init__(
@@ -155,18 +161,16 @@ class Grid:
     ):
         config, o = model.config, Options(**options)
         prompts, self.single = as_rows(prompt)
-        num_steps = config.mean_recurrence if num_steps is None else num_steps
-        num_steps, max_new_tokens = check_counts(num_steps=num_steps, max_new_tokens=max_new_tokens)
+        num_steps = config.depth(num_steps)
+        (max_new_tokens,) = check_counts(max_new_tokens=max_new_tokens)
         if torch.is_autocast_enabled(model.device.type):
             raise ValueError("autocast is on; decoding has one number format: load the model with dtype instead")
-        if not 0 <= o.init_scale < math.inf:
-            raise ValueError(f"init_scale is {o.init_scale}; it must be 0 or above, and finite")
         if not prompts:
             raise ValueError("prompt is empty; it must hold at least one token")
         for ids in prompts:
             check_request(config, ids, max_new_tokens, config.block_size)
         seeds = plain(o.seed)
-        seeds = [as_seed(s) for s in (seeds if isinstance(seeds, Iterable) else [seeds] * len(prompts))]
+        seeds = [as_seed(s) for s in (seeds if is_list(seeds) else [seeds] * len(prompts))]
         if len(seeds) != len(prompts):
             raise ValueError(
                 f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each"
@@ -249,7 +253,7 @@ class Grid:
         return work(at, *inputs) if self.fast_path is None else self.fast_path(at, work, *inputs)
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """The token that follows each of positions (B or 1, W): (B, W) int64."""
+        """The token that follows each of positions (B or 1, W): (B, W) int64; -1 where its logits are not finite."""
         positions = positions.expand(len(self.lengths), -1)
         return self.choice.choose(logits, self.tokens, positions, self.seed)
 
@@ -273,13 +277,29 @@ class Grid:
         last = torch.tensor(self.lengths, device=s.device)[:, None] - 1  # (B, 1)
         self.state[at.rows, last] = s[at.rows, last]
         tokens = self.choose(self.decode(s, at, only=last[:, 0]), last)  # (B, 1)
-        self.tokens.scatter_(1, last + 1, tokens)
+        self.tokens.scatter_(1, last + 1, tokens.clamp(min=0))
         self.row_steps = 0
         for row, (token, depth) in enumerate(zip(tokens[:, 0].tolist(), depths, strict=True)):
             self.commit(row, token, depth)
 
+    def place(self, at: Window, tokens: Tensor) -> None:
+        """Put the tokens (B, W) that follow the window's cells on the grid: what the next positions run on.
+
+        A token of -1 becomes 0, so that it can be embedded; what is computed from it is never committed.
+        """
+        at.write(self.tokens[:, 1:], tokens.clamp(min=0))
+
     def commit(self, row: int, token: int, depth: int) -> None:
-        """Make a row's next token final: record it, tell on_token, and end the row if it was the last one."""
+        """Make a row's next token final: record it, tell on_token, and end the row if it was the last one.
+
+        Raises FloatingPointError for -1, which `choose` gives for logits that are not finite.
+        """
+        if token < 0:
+            prompt = "" if self.single else f" of prompt {row}"
+            raise FloatingPointError(
+                f"the logits at position {self.next_position(row)}{prompt} are not finite after {depth} recurrence "
+                f"steps; look for NaN, infinite or huge weights, or for overflow in {self.model.dtype}"
+            )
         generation = self.generations[row]
         generation.tokens.append(token)
         generation.depth.append(depth)
@@ -361,4 +381,4 @@ def quick_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
 def stop_tokens(model: RecurrentDepthLM) -> set[int]:
     """The ids that end a generation: the checkpoint's generation config's, else the config's eos_token_id."""
     ids = model.generation_config.get("eos_token_id", model.config.eos_token_id)
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    return set() if ids is None else token_ids("eos_token_id", ids)

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirec.config import RecurrentConfig
+from minirec.config import RecurrentConfig, number, shown
 from minirec.noise import truncated_normal
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -249,8 +249,10 @@ class RecurrentDepthLM(nn.Module):
         """The state before the first step: truncated normal of variance 2/5 (2502.05171, 3.2), times scale.
 
         positions (..., T) int64 -> (..., T, d) in the model's dtype.  A position's state depends on
-        (seed, position) alone: not on the batch, on the cache, or on when it is asked for.  Scale 0 gives zeros.
+        (seed, position) alone: not on the batch, the cache, or the order of calls.  seed: int64, as an int or as a
+        tensor that broadcasts against positions; scale: from 0 (zeros) to 1000.  Raises ValueError for others.
         """
+        scale = number("scale", scale, least=0, most=1000)
         std = self.config.init_std * math.sqrt(self.config.n_embd) * scale
         return truncated_normal(seed, positions, self.config.n_embd, std).to(self.dtype)
 
@@ -282,9 +284,9 @@ class RecurrentDepthLM(nn.Module):
         """Run `num_steps` recurrence steps on tokens (B, T) int64, from `state` (B, T, d) or the initial one.
 
         num_steps None is the config's mean_recurrence.  Since `state` goes in and comes out, r1 steps and
-        then r2 more are r1 + r2 steps.  Raises ValueError if the tokens are longer than the context.
+        then r2 more are r1 + r2 steps.  Raises ValueError for a bad argument; see `checked_steps`.
         """
-        num_steps = self.checked_steps(tokens, num_steps)
+        num_steps = self.checked_steps(tokens, num_steps, state)
         at = self.whole(tokens)
         e = self.prelude(tokens, at)
         s = state
@@ -294,13 +296,32 @@ class RecurrentDepthLM(nn.Module):
             s = self.recur(s, e, at)
         return Output(logits=self.coda(s, at), state=s)
 
-    def checked_steps(self, tokens: Tensor, num_steps: int | None) -> int:
-        """num_steps, or the config's mean_recurrence for None; ValueError if it or the shape of tokens is wrong."""
-        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.config.block_size:
+    def checked_steps(self, tokens: Tensor, num_steps: int | None, state: Tensor | None = None) -> int:
+        """num_steps, or the config's mean_recurrence for None.
+
+        Raises ValueError if it is not a whole number from 0 to `config.MOST_STEPS`; if tokens is not an integer tensor
+        (B, T) of token ids that fits the context; or if state is given and is not (B, T, d) in the model's dtype.
+        """
+        num_steps = self.config.depth(num_steps, least=0)
+        kind = getattr(tokens, "dtype", None)
+        if not isinstance(tokens, Tensor) or kind not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens is {shown(tokens)}; it must be an int64 tensor (B, T)")
+        if tokens.dim() != 2 or not len(tokens) or not 1 <= tokens.shape[1] <= self.config.block_size:
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)}; it must be (B, T) with T from 1 to {self.config.block_size}"
             )
-        num_steps = self.config.mean_recurrence if num_steps is None else num_steps
-        if num_steps < 0:
-            raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
+        if not tokens.is_meta and not torch.compiler.is_compiling():
+            least, most = torch.stack(tokens.aminmax()).tolist()
+            if least < 0 or most >= self.config.padded_vocab_size:
+                raise ValueError(
+                    f"tokens holds {least if least < 0 else most}; token ids are from 0 to "
+                    f"{self.config.padded_vocab_size - 1}"
+                )
+        if state is not None:
+            shape = (*tokens.shape, self.config.n_embd)
+            if not isinstance(state, Tensor) or tuple(state.shape) != shape:
+                given = f"has shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"is {shown(state)}"
+                raise ValueError(f"state {given}; it must be {shape}, the shape of tokens and n_embd")
+            if state.dtype != self.dtype and not torch.is_autocast_enabled(self.device.type):
+                raise ValueError(f"state is {state.dtype}; it must be {self.dtype}, as the model is")
         return num_steps
