@@ -197,6 +197,11 @@ class KVCache:
             )
         return Window(self, starts, width, rope)
 
+    def clear(self, row: int) -> None:
+        """Set a row's keys and values to zero, which leaves nothing there that is not finite."""
+        for kept in self.parts.values():
+            kept[:, :, :, row].zero_()
+
     def copy_deeper(self, row: int, start: int, depths: list[int]) -> None:
         """Let positions of a row that stopped early stand in for the steps they never ran.
 
