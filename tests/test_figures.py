@@ -4,7 +4,9 @@ import inspect
 import pkgutil
 import re
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -19,6 +21,7 @@ from matplotlib.text import Text
 from minirec import figures as plots
 from minirec.continuous_batching import Pass, Stage
 from minirec.decoding import Generation, OuterStep
+from minirec.figures import drawings
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,9 @@ def test_every_public_function_of_the_themes_is_exported_by_name():
         for name, thing in vars(theme).items()
         if inspect.isfunction(thing) and thing.__module__ == theme.__name__ and not name.startswith("_")
     }
+    drawn -= {
+        name for name, thing in vars(drawings).items() if inspect.isfunction(thing)
+    }  # used by their module's name
     helpers = {"depth_colours", "readable_on", "plain", "word", "token_word", "number_map"}
     assert drawn - helpers | {"BLUE", "GREEN", "GREY", "VERMILION"} == set(plots.__all__)
     assert all(hasattr(plots, name) for name in plots.__all__)
@@ -491,3 +497,40 @@ def test_bytes_are_stacked_by_part():
     assert widths == [[pytest.approx(3), pytest.approx(0.5)], [pytest.approx(1), pytest.approx(1)]]
     assert [bar.get_x() for bar in ax.containers[1]] == [pytest.approx(3), pytest.approx(0.5)]
     assert [t.get_text().strip() for t in ax.texts] == ["4", "1.5"]
+
+
+# --- Concept drawings ---
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
+def test_a_drawing_is_well_formed_within_its_frame_and_up_to_date(name):
+    source = drawings.DRAWINGS[name]()
+    stored = Path(__file__).resolve().parent.parent / "docs/drawings" / name
+    assert stored.read_text(encoding="utf-8") == source, "make drawings writes it again"
+    root = ElementTree.fromstring(source)
+    assert root.get("aria-label")
+    width, height = map(float, root.get("viewBox").split()[2:])
+    for part in root.iter():
+        if part.get("x"):
+            assert 0 <= float(part.get("x")) < width and 0 <= float(part.get("y")) <= height
+    classes = {kind for part in root.iter() for kind in (part.get("class") or "").split()}
+    (style,) = (part.text for part in root.iter() if part.tag.endswith("style"))
+    assert {kind for kind in classes if not re.search(rf"\.{kind}\b", style)} == set(), "a class without a look"
+    assert "prefers-color-scheme: dark" in style and "#" not in re.sub(
+        r"<style>.*?</style>|url\(#\w+\)", "", source, flags=re.S
+    )
+
+
+def test_a_schedule_runs_the_steps_of_a_token_in_order_and_each_cell_once():
+    passes = {}
+    for name, (schedule, lost, _) in drawings.PANELS.items():
+        for (x, k), when in schedule.items():
+            assert k == 1 or schedule[x, k - 1] < when, f"{name}: step {k} of token {x} comes too early"
+            assert (x, k) not in lost or lost[x, k] < when
+        passes[name] = max(schedule.values())
+        assert set(schedule.values()) == set(range(1, passes[name] + 1)), f"{name}: a pass without a cell"
+    full = {(x, k) for x in range(1, 7) for k in range(1, 5)}
+    for name in ("autoregressive", "self-speculative", "lossless wavefront"):  # these leave out nothing
+        assert set(drawings.PANELS[name][0]) == full
+    one_at_a_time = drawings.PANELS["adaptive exit"][0]
+    assert passes["autoregressive"] == len(full) and passes["adaptive exit"] == len(one_at_a_time)
