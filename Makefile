@@ -10,7 +10,7 @@ PYTEST := MPLBACKEND=Agg $(BIN)/python -m pytest
 NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-eval test-nbgrader assignments tiny lab docs badges lint format
+.PHONY: help demo test test-all test-eval test-nbgrader assignments tiny lab docs drawings badges lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ docs: $(READY) ## build the documentation site and check its links
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -c docs . docs/_build
 	$(BIN)/python docs/links.py docs/_build
 	@echo "open docs/_build/index.html"
+
+drawings: $(READY) ## draw the pictures of README and site again, after a change to minirec/figures/drawings.py
+	$(BIN)/python -m minirec.figures.drawings docs/drawings
 
 badges: $(READY) ## write "Open in Colab" into the notebooks: REPO=owner/name on GitHub, REPO=none takes them out
 	$(BIN)/python docs/badges.py "$(REPO)" $(NOTEBOOKS)
