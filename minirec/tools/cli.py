@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def _about_input(error: Exception) -> str | None:
     """What to say of an error that is no bug: what the system refuses, what minirec itself raises, no memory left."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(last.filename).parent == Path(__file__).parent and last.line.startswith("raise")
+    ours = Path(minirec.__file__).parent in Path(last.filename).parents and last.line.startswith("raise")
     if is_out_of_memory(error):  # PyTorch's numbers, and what minirec can do about them
         numbers = ". ".join(str(error).split(". ")[:3])
         return f"{numbers}; try --kv shared, fewer tokens, --dtype bfloat16 or another --device"
