@@ -12,8 +12,7 @@ PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 COURSE := --nbval-lax --nbval-current-env $(NOTEBOOKS) tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-eval test-nbgrader coverage types release-check assignments tiny lab docs badges \
-	lint format
+.PHONY: help demo test test-all test-eval test-nbgrader assignments tiny lab docs badges lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +26,7 @@ test: $(READY) ## run every notebook and the fast tests
 test-all: $(READY) ## run every notebook and all tests, the slow ones too
 	$(PYTEST) -m "" $(COURSE)
 
+.PHONY: coverage types release-check
 coverage: $(READY) ## run the fast tests and list the lines they miss; fails below 95 %
 	$(PYTEST) --cov --cov-report=term tests
 
