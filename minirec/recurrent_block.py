@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +189,7 @@ class RecurrentDepthLM(nn.Module):
     # Reading and writing files is above this module, so the package attaches these two (minirec/__init__.py).
     from_pretrained: ClassVar[Callable[..., RecurrentDepthLM]]
     save_pretrained: Callable[..., None]
+    transformer: Any  # a ModuleDict: PyTorch has no types for what its names stand for
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
