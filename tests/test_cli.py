@@ -29,6 +29,7 @@ from minirec import (
     tasks,
     training,
 )
+from minirec.config import PRESETS
 from minirec.files import checkpoint, machine
 from minirec.files.tokenizer import (
     HUGINN_TEMPLATE,
@@ -40,6 +41,10 @@ from minirec.files.tokenizer import (
 from minirec.kv_cache import bytes_per_token
 from minirec.tasks import BEGIN, task_tokenizer
 from minirec.tools import cli
+from minirec.tools.cli import demo
+from minirec.tools.cli import options as shared
+from minirec.tools.cli.samplers import SAMPLERS
+from minirec.tools.cli.terminal import Stream
 
 STORY = "Mia has 12 pears. First Mia buys 5 more pears. How many pears does Mia have?"
 FEW_STEPS = "--steps 3 --batch-tokens 250 --evaluate-on 4 --log-every 1 --save-every 1 --families words hops".split()
@@ -74,13 +79,13 @@ def copy_of_tiny(path, **changes):
 def calls(monkeypatch):
     """What the samplers are called with."""
     seen = []
-    for name, sampler in cli.SAMPLERS.items():
+    for name, sampler in SAMPLERS.items():
 
         def spy(model, prompt, *args, sampler=sampler, name=name, **options):
             seen.append((name, prompt, args, {k: v for k, v in options.items() if k != "on_token"}))
             return sampler(model, prompt, *args, **options)
 
-        monkeypatch.setitem(cli.SAMPLERS, name, spy)
+        monkeypatch.setitem(SAMPLERS, name, spy)
     return seen
 
 
@@ -97,9 +102,9 @@ def test_demo_shows_answers_and_a_table_and_draws_the_picture(minirec_, tmp_path
     assert (code, err) == (0, "")
     model, problems = RecurrentDepthLM.from_pretrained("tiny"), tasks.heldout(2, seed=5)
     table = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
-    reference = [autoregressive.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
-    forced = [diffusion_forcing.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
-    lossless = [lossless_wavefront.generate(model, p.prompt, cli.DEMO_TOKENS) for p in problems]
+    reference = [autoregressive.generate(model, p.prompt, demo.ROOM) for p in problems]
+    forced = [diffusion_forcing.generate(model, p.prompt, demo.ROOM) for p in problems]
+    lossless = [lossless_wavefront.generate(model, p.prompt, demo.ROOM) for p in problems]
     for column, generations in enumerate([reference, lossless, forced]):
         tokens = sum(len(g.tokens) for g in generations)
         right = sum(p.is_correct(g.tokens) for p, g in zip(problems, generations, strict=True))
@@ -123,7 +128,7 @@ def test_demo_speed_up_compares_tokens_per_second(capsys):
 
     # 10 tokens in 1 s and 30 in 5 s; then 10 in 0.5 s and 20 in 0.5 s: ratios 2 and 40/6, totals 40/6 and 30
     runs = {"slow": [(made(10), 1.0), (made(30), 5.0)], "fast": [(made(10), 0.5), (made(20), 0.5)]}
-    cli._print_comparison(tasks.heldout(2), runs)
+    demo._print_comparison(tasks.heldout(2), runs)
     table = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()}
     assert table["tokens per second"] == ["7", "30"]
     assert table["speed-up"] == ["1.00x", "4.50x"]
@@ -135,11 +140,13 @@ def test_demo_passes_its_options_on(minirec_, tmp_path, calls):
     out = tmp_path / "w.png"
     args = "--problems 1 --num-steps 6 --inner-steps 2 --exit-threshold 0.1 --guess-after 3".split()
     assert minirec_("demo", *args, "--out", out)[0] == 0
-    assert {name for name, *_ in calls} == {"autoregressive", "lossless", "diffusion"}
+    assert {name for name, *_ in calls} == {"autoregressive", "lossless", "diffusion", "adaptive"}
     own = {"diffusion": {"inner_steps": 2, "exit_threshold": 0.1}, "lossless": {"guess_after": 3}}
     for name, _, _, options in calls:
         expected = {"num_steps": 6} | own.get(name, {})
-        assert {k: v for k, v in options.items() if k != "trace"} == expected
+        if name != "autoregressive":  # which also runs at every depth up to the smallest one that is enough
+            assert {k: v for k, v in options.items() if k != "trace"} == expected
+    assert {options["num_steps"] for name, *_, options in calls if name == "autoregressive"} >= {1, 6}
 
 
 def test_demo_needs_the_task_vocabulary(minirec_, folder, tmp_path):
@@ -150,11 +157,11 @@ def test_demo_needs_the_task_vocabulary(minirec_, folder, tmp_path):
 # ---- generate
 
 
-@pytest.mark.parametrize("sampler", list(cli.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_generate_prints_what_the_sampler_gives(minirec_, sampler):
     model = RecurrentDepthLM.from_pretrained("tiny")
     prompt = [BEGIN, *task_tokenizer().encode(STORY).ids]
-    expected = cli.SAMPLERS[sampler](model, prompt, 40)
+    expected = SAMPLERS[sampler](model, prompt, 40)
     code, out, err = minirec_("generate", "--sampler", sampler, "--max-new-tokens", 40, "--stats", STORY)
     assert (code, out) == (0, task_tokenizer().decode(expected.tokens) + "\n")
     assert f"{len(expected.tokens)} tokens in" in err
@@ -187,7 +194,7 @@ def test_stream_waits_for_a_whole_character(capsys):
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     ids = tokenizer.encode("aé").ids
     assert len(ids) == 3  # é is two bytes
-    stream, shown = cli.Stream(tokenizer), []
+    stream, shown = Stream(tokenizer), []
     for token in ids:
         stream.add(token)
         shown.append(capsys.readouterr().out)
@@ -212,7 +219,7 @@ def test_generate_begins_the_prompt_as_the_model_was_trained(minirec_, folder, t
 def test_generate_passes_its_options_on(minirec_, folder, calls):
     assert minirec_("generate", "--model", folder, "--max-new-tokens", 4, STORY)[0] == 0
     assert calls[-1][0] == "diffusion" and calls[-1][2] == (4,)
-    assert calls[-1][3] == {"temperature": 0.0, "seed": 0, "kv_slots": 1}  # the rest is left to the library
+    assert calls[-1][3] == {"temperature": 0.0, "seed": 0}  # the rest is left to the library
     args = (
         "--sampler diffusion --num-steps 6 --inner-steps 2 --exit-threshold 0.2 --temperature 0.7 --top-k 9 "
         "--top-p 0.9 --min-p 0.05 --repetition-penalty 1.1 --seed 4 --kv shared --kv-slots 2 --max-new-tokens 5"
@@ -331,7 +338,7 @@ def test_chat_uses_the_room_that_is_left(say, talker, calls):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(say, talker, monkeypatch, calls):
-    add, added = cli.Stream.add, []
+    add, added = Stream.add, []
 
     def interrupted(self, token):
         add(self, token)
@@ -339,7 +346,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(say, talker, monkeypatch, calls)
         if len(added) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Stream, "add", interrupted)
+    monkeypatch.setattr(Stream, "add", interrupted)
     code, out, err = say("Hello!", "Go on.")
     assert (code, err) == (0, "") and len(out.splitlines()) == 2
     tokenizer = read_tokenizer(talker)
@@ -398,7 +405,7 @@ def test_a_device_that_is_not_here_is_one_error(minirec_, device):
 
 
 def test_a_prompt_that_is_not_utf_8_is_refused(minirec_):
-    assert_one_error(minirec_("generate", os.fsdecode(b"Mia \xff")), "the prompt is not UTF-8")
+    assert_one_error(minirec_("generate", os.fsdecode(b"Mia \xff")), "is not UTF-8")
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of stdin, by the locale
@@ -410,7 +417,7 @@ def test_nor_may_it_come_through_a_pipe(minirec_, talker, monkeypatch, command, 
 
 
 def test_make_checkpoint_can_be_talked_to(minirec_, tmp_path, monkeypatch):
-    monkeypatch.setitem(cli.PRESETS, "small", dict(n_embd=16, n_heads=2, intermediate_size=24, vocab_size=300))
+    monkeypatch.setitem(PRESETS, "small", dict(n_embd=16, n_heads=2, intermediate_size=24, vocab_size=300))
     path = tmp_path / "made"
     assert minirec_("make-checkpoint", "--preset", "small", "--dtype", "bfloat16", path)[0] == 0
     model, ids = checkpoint.load(path), huginn_special_ids(300)
@@ -496,7 +503,7 @@ def test_train_can_start_from_another_model(minirec_, tmp_path, monkeypatch):
     assert minirec_("train", "--out", tmp_path / "first", *FEW_STEPS)[0] == 0
     first, seen = tmp_path / "first" / "checkpoint", []
     monkeypatch.setattr(training, "train", lambda model, config, folder, **_: seen.append(model) or interrupt())
-    minirec_("train", "--out", tmp_path / "second", "--start", first, "--preset", "small", *FEW_STEPS)
+    minirec_("train", "--out", tmp_path / "second", "--start", first, *FEW_STEPS)
     (model,) = seen
     assert model.config == checkpoint.load(first).config, "the shape is the model's own"
     assert_same_weights(dict(model.state_dict()), checkpoint.load(first).state_dict())
@@ -785,7 +792,7 @@ def test_bad_input_is_one_line_and_exit_code_2(minirec_, tmp_path, monkeypatch, 
 def test_unknown_words_are_named(minirec_):
     result = minirec_("generate", "Mia has 12 grapes. How many grapes does Bob have?")
     assert_one_error(result, "'grapes', 'Bob'")
-    assert "Mia" not in result[2] and result[2].count("grapes") == 1
+    assert "'Mia'" not in result[2] and result[2].count("grapes") == 1
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
@@ -806,7 +813,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(minirec_, tmp
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(shared.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(checkpoint, "load", lambda *a, **k: pytest.fail("loaded a model first"))
     monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("trained first"))
     assert_one_error(minirec_(*args), "cannot write", "Permission denied")
@@ -834,7 +841,7 @@ def test_no_memory_left_is_one_line_with_the_numbers(minirec_, folder, monkeypat
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setitem(cli.SAMPLERS, "diffusion", full)
+    monkeypatch.setitem(SAMPLERS, "diffusion", full)
     assert_one_error(minirec_("generate", "--model", folder, STORY), *words)
 
 
@@ -852,19 +859,19 @@ def test_errors_that_are_bugs_are_not_hidden(folder, monkeypatch):
         def broken(*args, bug=bug, **kwargs):
             raise bug
 
-        monkeypatch.setitem(cli.SAMPLERS, "diffusion", broken)
+        monkeypatch.setitem(SAMPLERS, "diffusion", broken)
         with pytest.raises(type(bug), match=str(bug)):
             cli.main(["generate", "--model", str(folder), STORY])
 
 
 def test_a_value_error_that_no_raise_of_minirec_made_is_a_bug(folder, monkeypatch):
-    monkeypatch.setattr(cli.Stream, "end", lambda self: list(zip([1], [], strict=True)))
+    monkeypatch.setattr(Stream, "end", lambda self: list(zip([1], [], strict=True)))
     with pytest.raises(ValueError, match="zip"):
         cli.main(["generate", "--model", str(folder), "--max-new-tokens", "2", STORY])
     namespace = {"__name__": "minirec.made_up"}  # the same in a line of minirec's own that is not a raise
     source = "def end(self):\n    return int('x')\n"
     exec(compile(source, cli.__file__, "exec"), namespace)
-    monkeypatch.setattr(cli.Stream, "end", namespace["end"])
+    monkeypatch.setattr(Stream, "end", namespace["end"])
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["generate", "--model", str(folder), "--max-new-tokens", "2", STORY])
 
@@ -873,7 +880,7 @@ def test_a_value_error_that_no_raise_of_minirec_made_is_a_bug(folder, monkeypatc
 
 
 def test_ctrl_c_while_generating(minirec_, folder, monkeypatch):
-    monkeypatch.setattr(cli.Stream, "add", interrupt)
+    monkeypatch.setattr(Stream, "add", interrupt)
     code, _, err = minirec_("generate", "--model", folder, STORY)
     assert (code, err) == (130, "\nminirec: stopped\n")
 
