@@ -401,7 +401,7 @@ def test_a_terminal_that_cannot_show_a_token_gets_something_else(talker):
 
 @pytest.mark.parametrize("device", ["privateuseone", "hpu", "cuda:99", "nothing"])
 def test_a_device_that_is_not_here_is_one_error(minirec_, device):
-    assert_one_error(minirec_("generate", "x", "--device", device), f"'{device}' is not to be had here")
+    assert_one_error(minirec_("generate", "x", "--device", device), f"'{device}' is not available here")
 
 
 def test_a_prompt_that_is_not_utf_8_is_refused(minirec_):
@@ -645,7 +645,7 @@ def test_info_default_is_the_shipped_model(minirec_):
             "repetition-penalty seed kv kv-slots device dtype threads",
         ),
         ("make-checkpoint", "preset shards dtype seed"),
-        ("info", "preset revision device memory"),
+        ("info", "preset revision device memory words"),
     ],
 )
 def test_help_explains_every_option_and_gives_an_example(capsys, command, options):
@@ -668,6 +668,7 @@ def test_help_explains_every_option_and_gives_an_example(capsys, command, option
                 "prompt",
                 "path",
                 "model",
+                "words",
                 "help",
             ), action.dest
         else:

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         check_arguments(argv)
         try:
             args = parser().parse_args(argv)
-        except SystemExit:  # --help or --version has printed
+        except SystemExit:  # by --help or --version
             finish()
             raise
         if "threads" in args:

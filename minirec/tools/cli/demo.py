@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
         "adaptive": ("adaptive", depth),
     }
     problems = tasks.heldout(args.problems, seed=args.seed)
+    for sampler, options in columns.values():  # a bad option is refused before anything is printed
+        SAMPLERS[sampler](model, problems[0].prompt, 1, **options)
 
     parameters = sum(p.numel() for p in model.parameters())
     threads, r = torch.get_num_threads(), depth.get("num_steps", model.config.mean_recurrence)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from minirec.files.checkpoint import SHIPPED
+from minirec.tools.cli.terminal import show
 
 ABSENT = argparse.SUPPRESS  # not in the namespace unless given: the library's default, which the help states
 LARGEST = 2**31 - 1  # of an option that counts something
@@ -23,6 +24,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(message)
+
+    def _print_message(self, message: str, file=None) -> None:
+        show(message, end="")  # of --help and --version; argparse itself ignores a full disk
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -108,15 +112,14 @@ def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
         except ValueError:  # no number, or one of more digits than Python reads
             n = None
         if n is None or not low <= n <= high:
-            raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number from {low} to {high}")
+            limits = f"at most {high}" if low < 0 else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number, {limits}")
         return n
 
     return convert
 
 
-def count(text: str) -> int:
-    """A whole number whose lower limit the library checks."""
-    return whole_number(-LARGEST, LARGEST)(text)
+count = whole_number(-LARGEST, LARGEST)  # the library checks the lower limit
 
 
 def real(text: str) -> int | float:
@@ -143,7 +146,7 @@ def device(text: str) -> torch.device:
         torch.zeros(1, device=text).item()
     except Exception as error:  # every backend has its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{_short(text)} is not to be had here: {reason}") from None
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not available here: {reason}") from None
     return torch.device(text)
 
 

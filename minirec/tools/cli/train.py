@@ -82,9 +82,7 @@ def run(args: argparse.Namespace) -> None:
         model = checkpoint.load(args.start, device=device)
     else:
         model = RecurrentDepthLM(shape).to(device)
-    if not args.out.exists():
-        args.out.mkdir(parents=True, exist_ok=True)  # another process may have been faster
-    check_writable(args.out, args.out)
+    check_writable(next(path for path in (args.out, *args.out.parents) if path.exists()), args.out)
     model.generation_config = {
         "eos_token_id": [END],
         "diffusion_forcing": {"inner_steps": 1, "exit_threshold": 0.2, "kv": "full"},
