@@ -74,12 +74,13 @@ class MinirecLM(TemplateLM):
     pretrained, revision, dtype, device: as for `minirec.files.checkpoint.load`, dtype by name; a GPU that is not
     there is the CPU, since lm-eval asks for one unless told otherwise.  sampler: the name of a sampler's module.
     engine: instead of a sampler, a mode of the batching engine ("depth", "wavefront", ...), with batch_size slots.
-    num_steps: recurrence steps, for likelihoods too (None: the config's mean_recurrence). batch_size: prompts decoded
-    or texts read at once. max_length: tokens of prompt and answer together, at most the model's context, which is what
-    None says; a longer prompt loses its beginning. max_gen_toks: tokens of an answer where the task does not say.
-    seed: of initial states and of sampling; the second answer to the same prompt gets the next one. options: any other
-    argument of the sampler, or of the engine and its requests. A task may set them too, by its `generation_kwargs`;
-    `--gen_kwargs` on the command line is the same.
+    num_steps: recurrence steps, for likelihoods too (None: the config's mean_recurrence).  batch_size: prompts decoded
+    or texts read at once.
+    max_length: tokens of prompt and answer together, at most the model's context, which is what None says; a longer
+    prompt loses its beginning.  max_gen_toks: tokens of an answer where the task does not say.  seed: of initial states
+    and of sampling; the second answer to the same prompt gets the next one.  options: any other argument of the
+    sampler, or of the engine and its requests.  A task may set them too, by its `generation_kwargs`; `--gen_kwargs` on
+    the command line is the same.
 
     A bad argument is a ValueError that names it.
     """
