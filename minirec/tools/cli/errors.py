@@ -15,9 +15,9 @@ RAISE = dis.opmap["RAISE_VARARGS"]  # the bytecode of a `raise` statement
 def about_input(error: Exception) -> str | None:
     """The message for an error that is not a bug; None for a bug.
 
-    Not a bug: what the operating system refuses, memory that runs out, and a ValueError, MemoryError or
-    FloatingPointError that a `raise` statement of minirec raised.  The same classes from anywhere else (`int("x")`
-    in minirec, a library, a callback) are bugs.
+    Not a bug: what the operating system refuses, memory that runs out, and a ValueError or FloatingPointError that a
+    `raise` statement of minirec raised.  The same classes from anywhere else (`int("x")` in minirec, a library, a
+    callback) are bugs.
     """
     if is_out_of_memory(error):  # PyTorch's numbers, and what minirec can do about them
         numbers = ". ".join(str(error).split(". ")[:3])
@@ -26,7 +26,9 @@ def about_input(error: Exception) -> str | None:
         place = error.filename2 or error.filename  # of a rename, the target
         reason = error.strerror or str(error) or type(error).__name__
         return reason if place is None else f"{place}: {reason}"
-    ours = isinstance(error, (ValueError, MemoryError, FloatingPointError)) and _raised_by_minirec(error)
+    if isinstance(error, MemoryError):
+        return str(error) or "out of memory"
+    ours = isinstance(error, (ValueError, FloatingPointError)) and _raised_by_minirec(error)
     return str(error) if ours else None
 
 

@@ -73,12 +73,17 @@ def given(args: argparse.Namespace, *names: str) -> dict:
 
 
 def check_arguments(argv: list[str] | None) -> None:
-    """ValueError for an argument that is not UTF-8: Python passes its bytes on as halves of characters."""
+    """ValueError for arguments that argparse would let through as something else.
+
+    Bytes that are not UTF-8 arrive as halves of characters, and the value of `--out=--` as an empty list.
+    """
     for word in sys.argv[1:] if argv is None else argv:
         try:
             word.encode()
         except UnicodeEncodeError:
             raise ValueError(f"the argument {word!r} is not UTF-8") from None
+        if re.fullmatch("--[^=]+=--", word):
+            raise ValueError(f"the argument {word!r} has no value")
 
 
 def check_effect(args: argparse.Namespace, table: Iterable[Needs]) -> None:

@@ -54,7 +54,7 @@ def add_parser(commands) -> None:
     )
     p.add_argument("--out", type=Path, required=True, default=ABSENT, metavar="FOLDER", help="for log and checkpoint")
     begin = p.add_mutually_exclusive_group()
-    begin.add_argument("--preset", choices=PRESETS, default="tiny", help="shape of the model")
+    begin.add_argument("--preset", choices=PRESETS, default=ABSENT, help="shape of a new model (default: tiny)")
     begin.add_argument("--start", default=ABSENT, metavar="MODEL", help="begin with this model's weights and shape")
     p.add_argument(
         "--until", type=count, default=ABSENT, metavar="STEP", help="stop after this step (default: the last)"
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     fields = dataclasses.fields(training.TrainingConfig)
     config = training.TrainingConfig(**{f.name: getattr(args, f.name) for f in fields})
     special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
-    shape = dataclasses.replace(RecurrentConfig.preset(args.preset), **special)
+    shape = dataclasses.replace(RecurrentConfig.preset(getattr(args, "preset", "tiny")), **special)
     torch.manual_seed(args.seed)
     device = processes.join(args.device)
     if "start" in args:
