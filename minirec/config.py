@@ -135,6 +135,7 @@ class RecurrentConfig:
     pad_token_id: int | None = None
 
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()  # counts that a family may do without
+    KEYS: ClassVar[dict[str, str]] = {}  # a family's keys in config.json -> fields, where they differ
 
     def __post_init__(self):
         if self.padded_vocab_size is None:
@@ -199,7 +200,8 @@ class RecurrentConfig:
     def from_dict(cls, values: dict) -> RecurrentConfig:
         """Build from a dictionary; keys that are not fields are ignored."""
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+        renamed = values | {cls.KEYS[key]: values[key] for key in cls.KEYS if key in values}
+        return cls(**{k: v for k, v in renamed.items() if k in known})
 
     @classmethod
     def preset(cls, name: str) -> RecurrentConfig:
