@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 MOST_STEPS = 4096  # recurrence steps: more than any published model runs, and a cache of this depth still fits
 SMALLEST = 2.0**-126  # the smallest float32 with all its digits
@@ -119,7 +119,7 @@ class RecurrentConfig:
     n_heads: int = 55
     intermediate_size: int = 17920  # inner width of the gated MLP
     vocab_size: int = 65536  # tokens that mean something ...
-    padded_vocab_size: int | None = None  # ... and rows of the embedding; None: vocab_size
+    padded_vocab_size: int = None  # type: ignore[assignment]  # ... and rows of the embedding; None: vocab_size
     block_size: int = 4096  # longest context, in tokens
     n_layers_in_prelude: int = 2
     n_layers_in_recurrent_block: int = 4
@@ -209,7 +209,7 @@ class RecurrentConfig:
         return cls(**PRESETS[one_of("preset", name, PRESETS)])
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     # What one student trains on a laptop: see minirec/assets/tiny.
     "tiny": dict(
         n_embd=96, n_heads=3, intermediate_size=264, vocab_size=128, block_size=512,
