@@ -15,7 +15,8 @@ NOTEBOOKS = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 # An arrow is an import.  It may only point to a lower floor, or to a module of the same room.
 FLOORS = [
-    {"config", "noise", "families"},
+    {"config", "noise", "recurrent_block"},
+    {"families"},
     {"concepts"},  # every other module and package at the top
     {"figures", "files"},
     {"tools"},

@@ -37,14 +37,12 @@ class LlamaConfig(RecurrentConfig):
 
     def check_heads(self) -> None:
         """ValueError if the heads do not fit each other."""
-        self.head_dim, self.n_kv_heads = (
-            whole("head_dim", self.head_dim, 2, 2**14),
-            whole("n_kv_heads", self.n_kv_heads, 1, self.n_heads),
-        )
+        self.head_dim = whole("head_dim", self.head_dim, 2, 2**14)
+        self.n_kv_heads = whole("n_kv_heads", self.n_kv_heads, 1, self.n_heads)
         if self.head_dim % 2 or self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"head_dim is {self.head_dim}, n_heads {self.n_heads} and n_kv_heads {self.n_kv_heads}; head_dim must be "
-                "even, and n_heads a multiple of n_kv_heads"
+                f"head_dim is {self.head_dim}, n_heads {self.n_heads} and n_kv_heads {self.n_kv_heads}; "
+                "head_dim must be even, and n_heads a multiple of n_kv_heads"
             )
         if (rule := self.rope_scaling) is None:
             return
@@ -64,7 +62,7 @@ def scaled(theta: Tensor, rule: dict) -> Tensor:
 
 
 def rope_table(positions: Tensor, config: LlamaConfig) -> Tensor:
-    """Unit complex numbers that rotate channel pair (c, c + head_dim/2) at a position: (...) -> (..., 1, head_dim/2)."""
+    """Unit complex numbers that rotate channel pairs (c, c + head_dim/2): positions (...) -> (..., 1, head_dim/2)."""
     half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     theta = config.rope_base ** -(half / config.head_dim)
     theta = theta if config.rope_scaling is None else scaled(theta, config.rope_scaling)

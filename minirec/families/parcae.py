@@ -59,7 +59,7 @@ class ParcaeAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal, own: Tensor | None = None) -> Tensor:
         """x (B, T, d), own (B, T, d): what the table holds for each token -> (B, T, d)."""
-        B, T, d = x.shape
+        B, T, _ = x.shape
         qk = torch.stack([self.c_q(x), self.c_k(x)], dim=2).view(B, T, 2, self.n_heads, -1)
         qk = rotate(qk, rope)
         qk = F.rms_norm(qk, qk.shape[-1:], eps=torch.finfo(qk.dtype).eps)
@@ -124,10 +124,12 @@ class Parcae(RecurrentDepthLM):
         """Modules under the names of the published tensors."""
         config, d = self.config, self.config.n_embd
         counts = config.n_layers_in_prelude, config.n_layers_in_recurrent_block, config.n_layers_in_coda
-        names = ("prelude", "core_block", "coda")
-        parts = {name: [ParcaeBlock(config, gated=i % 2 == 1) for i in range(n)] for name, n in zip(names, counts)}
+        parts = {
+            name: nn.ModuleList(ParcaeBlock(config, gated=i % 2 == 1) for i in range(n))
+            for name, n in zip(("prelude", "core_block", "coda"), counts, strict=True)
+        }
         self.transformer = nn.ModuleDict(
-            {name: nn.ModuleList(blocks) for name, blocks in parts.items()}
+            parts
             | {"wte": nn.Embedding(config.padded_vocab_size, d), "adapter": Decay(d), "C": nn.Linear(d, d, bias=False)}
             | {name: RMSNorm(d, config.norm_eps) for name in ("ln_prelude", "ln_f")}
         )
