@@ -30,10 +30,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirec.config import RecurrentConfig, whole
+from minirec.config import MOST_STEPS, RecurrentConfig, one_of, shown, whole
 
 COPIED = 24_576  # numbers of a cell's keys up to which a Xeon core copied them faster than it made one more call
 FEW = 8  # cells of a row up to which it shares a call with others that have fewer
+
+
+def slots_kept(num_steps: int, kv: str, kv_slots: int) -> int:
+    """Slots of the recurrent block's keys and values: num_steps with kv "full", kv_slots with "shared".
+
+    Raises ValueError for an unknown kv, for kv_slots outside 1..num_steps, and for kv_slots above 1 with kv "full".
+    """
+    num_steps, kv_slots = whole("num_steps", num_steps, 1, MOST_STEPS), whole("kv_slots", kv_slots)
+    one_of("kv", kv, ("full", "shared"))
+    if not 1 <= kv_slots <= num_steps:
+        raise ValueError(f"kv_slots is {shown(kv_slots)}; it must be from 1 to num_steps, here {num_steps}")
+    if kv == "full" and kv_slots > 1:
+        raise ValueError(f"kv_slots is {kv_slots}, which has no effect with kv 'full'; it needs kv 'shared'")
+    return num_steps if kv == "full" else kv_slots
 
 
 def bytes_per_token(
@@ -43,10 +57,19 @@ def bytes_per_token(
     kv_slots: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Bytes that one token of one sequence takes: 2 (k and v) x layer calls kept x d x bytes of a number."""
-    slots = num_steps if kv == "full" else kv_slots
+    """Bytes that one token of one sequence takes: 2 (k and v) x layer calls kept x d x bytes of a number.
+
+    Raises ValueError as `KVCache` does.
+    """
+    slots, number = slots_kept(num_steps, kv, kv_slots), _format(dtype)
     calls = config.n_layers_in_prelude + config.n_layers_in_recurrent_block * slots + config.n_layers_in_coda
-    return 2 * calls * config.n_embd * dtype.itemsize
+    return 2 * calls * config.n_embd * number.itemsize
+
+
+def _format(dtype: torch.dtype) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {shown(dtype)}; it must be a floating-point dtype of torch")
+    return dtype
 
 
 def upload(values: Sequence, device: torch.device | str) -> Tensor:
@@ -121,7 +144,7 @@ class KVCache:
     """Keys and values of B rows at L positions, for every layer; allocated once, never grown.
 
     batch B, length L in tokens; num_steps: recurrence steps that "full" keeps apart (deeper steps share the
-    last slot).  Raises ValueError for an unknown kind, for no slots, or for more slots than steps.
+    last slot).  Raises ValueError for a bad argument (see `slots_kept`) and, on a CPU, for lack of memory.
     """
 
     def __init__(
@@ -135,18 +158,23 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        if kv not in ("full", "shared"):
-            raise ValueError(f"kv is {kv!r}; it must be 'full' or 'shared'")
-        kv_slots = whole("kv_slots", kv_slots)
-        if not 1 <= kv_slots <= num_steps:
-            raise ValueError(f"kv_slots is {kv_slots}; it must be from 1 to num_steps, here {num_steps}")
-        self.kv, self.slots = kv, num_steps if kv == "full" else kv_slots
+        self.kv, self.slots = kv, slots_kept(num_steps, kv, kv_slots)
+        batch, length = whole("batch", batch, 1, 2**31 - 1), whole("length", length, 1, 2**31 - 1)
+        needed = bytes_per_token(config, num_steps, kv, kv_slots, dtype) * batch * length
         self.batch, self.length = batch, length
 
         def keys_and_values(layers: int, slots: int) -> Tensor:
             # zeros, not empty: a masked key has weight 0, and 0 times the NaN of unset memory would be NaN
             shape = (2, layers, slots, batch, config.n_heads, length, config.head_dim)
-            return torch.zeros(shape, device=device, dtype=dtype)
+            try:
+                return torch.zeros(shape, device=device, dtype=dtype)
+            except RuntimeError as error:
+                if torch.device(device).type != "cpu":
+                    raise  # a GPU's own error has the numbers
+                raise ValueError(
+                    f"batch {batch}, length {length} and {self.slots} slots need {needed:,} bytes of keys and values; "
+                    "there is not enough memory"
+                ) from error
 
         self.parts = {
             "prelude": keys_and_values(config.n_layers_in_prelude, 1),

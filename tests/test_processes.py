@@ -97,7 +97,7 @@ def test_one_of_two_processes_writes_and_reports(runs):
 
 
 def as_process(monkeypatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(processes, "place", lambda: (rank, world))
+    monkeypatch.setattr(training, "place", lambda: (rank, world))
 
 
 @given(
