@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minirec.adaptive_exit import latent_diff
-from minirec.config import number
+from minirec.config import number, one_of, shown, whole
 from minirec.continuous_batching.requests import Event, Pass, Request, Stage, State
 from minirec.continuous_batching.scheduler import MODES, POLICIES, Scheduler
 from minirec.continuous_batching.slots import (
@@ -60,14 +60,15 @@ class Engine:
         slots, max_length, self.r, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
             slots=slots, max_length=max_length, num_steps=num_steps, chunk=chunk, row_budget=row_budget,
             guess_after=guess_after, coda_batch=coda_batch, patience=patience)  # fmt: skip
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-        if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}; it must be {' or '.join(map(repr, POLICIES))}")
+        mode, policy = one_of("mode", mode, MODES), one_of("policy", policy, POLICIES)
         if guess_after > self.r:
             raise ValueError(f"guess_after is {guess_after}; it must be from 1 to num_steps, here {self.r}")
         if not 2 <= max_length <= model.config.block_size:
             raise ValueError(f"max_length is {max_length}; it must be from 2 to the context, {model.config.block_size}")
+        kv_budget = None if kv_budget is None else whole("kv_budget", kv_budget, 1)
+        for name, function in (("on_pass", on_pass), ("clock", clock)):
+            if not callable(function) and (function is not None or name == "clock"):
+                raise ValueError(f"{name} is {shown(function)}; it must be a function")
         self.model, self.mode, self.max_length, self.chunk = model, mode, max_length, chunk
         self.row_budget, self.guess_after, self.on_pass, self.clock = row_budget, guess_after, on_pass, clock
         # one token in each row until a request comes
@@ -103,9 +104,7 @@ class Engine:
         r, max_new_tokens = check_counts(num_steps=r, max_new_tokens=max_new_tokens)
         if r > self.r:
             raise ValueError(f"num_steps is {r}; this engine's cache is {self.r} steps deep")
-        threshold = None if threshold is None else number("threshold", threshold)
-        if threshold is not None and not threshold >= 0:
-            raise ValueError(f"threshold is {threshold}; it must be 0 or above, or None")
+        threshold = None if threshold is None else number("threshold", threshold, least=0)
         unknown = options.keys() & {"kv", "kv_slots", "init_scale", "trace", "fast"}
         if unknown:
             raise ValueError(f"{min(unknown)} is the engine's to choose, not a request's")
