@@ -147,9 +147,12 @@ def test_a_function_that_ends_its_test_gets_no_points_for_it(line, says):
     "line",
     [
         "while True: pass",
-        "while True:\n        try:\n            while True: pass\n        except BaseException: pass",
-        "import os; os.setsid()\n    while True: pass",
-        "while True: print('x' * 10**6)",
+        pytest.param(
+            "while True:\n        try:\n            while True: pass\n        except BaseException: pass",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("import os; os.setsid()\n    while True: pass", marks=pytest.mark.slow),
+        pytest.param("while True: print('x' * 10**6)", marks=pytest.mark.slow),
     ],
 )
 def test_an_endless_loop_ends_with_the_cell_and_the_limit(line):
