@@ -150,7 +150,7 @@ def device(text: str) -> torch.device:
     try:
         torch.zeros(1, device=text).item()
     except Exception as error:  # every backend has its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise argparse.ArgumentTypeError(f"{_short(text)} is not available here: {reason}") from None
     return torch.device(text)
 
