@@ -600,7 +600,7 @@ def test_info_reads_no_weights(minirec_, folder, monkeypatch):
     count = sum(p.numel() for p in RecurrentDepthLM(config).parameters())
     assert code == 0 and f"{count:,}" in out and f"{4 * count / 2**20:.4g} MiB" in out
     for kv, slots in [("full", 12), ("shared", 1), ("shared", 2), ("shared", 4), ("shared", 8)]:
-        size = bytes_per_token(config, 12, kv, slots, torch.float32) / 1024
+        size = bytes_per_token(config, 12, kv, slots if kv == "shared" else 1, torch.float32) / 1024
         (line,) = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x]
         assert f" {size:.4g} KiB" in line
 
@@ -617,7 +617,8 @@ def test_info_counts_what_fits(minirec_):
     for kv, slots in [("full", 32), ("shared", 1), ("shared", 4), ("shared", 16)]:
         line = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x][1]
         for dtype in (torch.float32, torch.bfloat16):
-            fit = (24 * 10**9 - parameters * dtype.itemsize) // bytes_per_token(config, 32, kv, slots, dtype)
+            size = bytes_per_token(config, 32, kv, slots if kv == "shared" else 1, dtype)
+            fit = (24 * 10**9 - parameters * dtype.itemsize) // size
             assert f" {fit:,} = {fit // 4096:,} slots" in line
     assert " 0 = 0 slots" in minirec_("info", "--preset", "huginn_3_5b", "--memory", "10GiB")[1]
 
