@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from numbers import Real
+from typing import ClassVar
 
 MOST_STEPS = 4096  # recurrence steps: more than any published model runs, and a cache of this depth still fits
 SMALLEST = 2.0**-126  # the smallest float32 with all its digits
@@ -133,15 +134,17 @@ class RecurrentConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
 
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()  # counts that a family may do without
+
     def __post_init__(self):
         if self.padded_vocab_size is None:
             self.padded_vocab_size = self.vocab_size
-        for field in fields(self):
+        for field in fields(RecurrentConfig):  # not those that a family adds
             name, value = field.name, getattr(self, field.name)
             if name.endswith("_token_id"):
                 value = None if value is None else whole(name, value, 0, self.padded_vocab_size - 1)
             elif field.type.startswith("int"):
-                value = whole(name, value, 1, MOST[name])
+                value = whole(name, value, 0 if name in self.MAY_BE_ZERO else 1, MOST[name])
             elif field.type == "bool":
                 value = flag(name, value)
             elif name == "rope_base":
@@ -149,19 +152,28 @@ class RecurrentConfig:
             else:
                 value = number(name, value, above=0, most=1)
             setattr(self, name, value)
-        if self.n_embd % self.n_heads or self.head_dim % 2:
-            raise ValueError(
-                f"n_embd {self.n_embd} with n_heads {self.n_heads}: n_embd must be n_heads times an even head size"
-            )
+        self.check_heads()
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
                 f"padded_vocab_size is {self.padded_vocab_size}; it must be at least vocab_size {self.vocab_size}"
+            )
+
+    def check_heads(self) -> None:
+        """ValueError if the width cannot be cut into heads."""
+        if self.n_embd % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"n_embd {self.n_embd} with n_heads {self.n_heads}: n_embd must be n_heads times an even head size"
             )
 
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.n_embd // self.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads
 
     @property
     def effective_depth(self) -> int:

@@ -203,11 +203,15 @@ class Grid:
 
     def window(self, starts: list[int], width: int) -> Window:
         """Positions starts[b] .. starts[b] + width - 1 of every row b."""
-        return self.cache.window(starts, width, self.rope)
+        at = self.cache.window(starts, width, self.rope)
+        at.text = self.tokens
+        return at
 
     def cells(self, rows: list[int], positions: list[int]) -> Cells:
         """Any cells: position positions[i] of row rows[i]."""
-        return Cells(self.cache, rows, positions, self.rope)
+        at = Cells(self.cache, rows, positions, self.rope)
+        at.text = self.tokens
+        return at
 
     def depths(self, cells: list[list[int]]) -> int | Diagonal | Tensor:
         """What `recur` takes as the depths of a window: cells[b], left to right, as narrow as a row's own window is.

@@ -71,7 +71,7 @@ class StaticWindow(Window):
         """
         if at is self.at:
             return
-        self.at = at
+        self.at, self.text = at, at.text
         self.positions.copy_((at.positions[:, :1] + self.offsets).clamp(max=self.cache.length - 1))
         self.rope.copy_(self.table[self.positions])
         seen = self.cache.index[: self.end] <= self.positions[..., None]  # (B, W, end)

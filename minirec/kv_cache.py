@@ -63,7 +63,7 @@ def bytes_per_token(
     """
     slots, number = slots_kept(num_steps, kv, kv_slots), _format(dtype)
     calls = config.n_layers_in_prelude + config.n_layers_in_recurrent_block * slots + config.n_layers_in_coda
-    return 2 * calls * config.n_embd * number.itemsize
+    return 2 * calls * config.n_kv_heads * config.head_dim * number.itemsize
 
 
 def _format(dtype: torch.dtype) -> torch.dtype:
@@ -115,6 +115,23 @@ def of_each_cell(slot: Tensor, rows: int, width: int) -> Tensor:
     return slot
 
 
+def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention of q (B, H, W, c) to keys and values (B, K, L, c) -> (B, H, W, c); mask (B or 1, 1, W or 1, L).
+
+    H is a multiple of K: query head h reads head h // (H / K) of the keys.  The queries that share a head become more
+    rows of one window, so that keys and values are read where they are, not repeated.
+    """
+    H, K, W = q.shape[1], keys.shape[1], q.shape[2]
+    if H == K:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
+    if causal:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    if mask is not None and W > 1:
+        mask = mask.repeat(1, 1, H // K, 1)
+    q = q.reshape(len(q), K, H // K * W, -1)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(len(q), H, W, -1)
+
+
 def _attend_run(keys: Tensor, values: Tensor, depth: int, fall: int, end: int, q: Tensor, mask: Tensor) -> Tensor:
     """Attend for one run of cells, stored already: keys, values (slots, H, L, c) of its row, q (n, H, c) -> (n, H, c).
 
@@ -124,11 +141,11 @@ def _attend_run(keys: Tensor, values: Tensor, depth: int, fall: int, end: int, q
     if fall == 0:  # all in one slot: a little window
         keys, values = keys[stored, None, :, :end], values[stored, None, :, :end]  # (1, H, end, c)
         mask = None if n == 1 else mask[:, :end]
-        return F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask)[0].transpose(0, 1)
+        return attention(q.transpose(0, 1)[None], keys, values, mask)[0].transpose(0, 1)
     steps = slice(stored, stored + (n - 1) * fall + 1, fall)
     keys, values = keys[steps, :, :end], values[steps, :, :end]  # (n, H, end, c): as each cell's step sees them
     mask = mask[:, None, None, :end]  # (n, 1, 1, end)
-    return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+    return attention(q[:, :, None], keys, values, mask)[:, :, 0]
 
 
 def _store_run(kept: Tensor, depth: int, fall: int, start: int, new: Tensor) -> None:
@@ -165,7 +182,7 @@ class KVCache:
 
         def keys_and_values(layers: int, slots: int) -> Tensor:
             # zeros, not empty: a masked key has weight 0, and 0 times the NaN of unset memory would be NaN
-            shape = (2, layers, slots, batch, config.n_heads, length, config.head_dim)
+            shape = (2, layers, slots, batch, config.n_kv_heads, length, config.head_dim)
             try:
                 return torch.zeros(shape, device=device, dtype=dtype)
             except RuntimeError as error:
@@ -248,8 +265,11 @@ class Window:
     """A few positions of every row: what one pass computes, against all that the cache holds before them.
 
     positions (B or 1, W) int64; rope (B or 1, W, 1, 1, c/2); `start` if all rows share it, else None; `end`: one past
-    the last position; mask (B or 1, 1, W, end) additive, or None where nothing has to be hidden or `causal` does.
+    the last position; mask (B or 1, 1, W, end) additive, or None where nothing has to be hidden or `causal` does; text
+    (B, L) int64: the tokens of all positions, if the model reads those of the window.
     """
+
+    text: Tensor | None = None
 
     def __init__(self, cache: KVCache, starts: list[int], width: int, rope: Tensor):
         self.cache, self.width, self.end = cache, width, max(starts) + width
@@ -271,6 +291,11 @@ class Window:
     def rows(self) -> Tensor:
         """Row numbers (B, 1), to index together with positions."""
         return self.cache.rows
+
+    @property
+    def tokens(self) -> Tensor:
+        """The window's tokens, (B, W) int64."""
+        return self.read(self.text)
 
     def read(self, grid: Tensor) -> Tensor:
         """The window's part of a tensor over all positions: (B, L, ...) -> (B, W, ...)."""
@@ -297,7 +322,7 @@ class Window:
                 keys[self.rows, :, self.positions] = k.transpose(1, 2)
                 values[self.rows, :, self.positions] = v.transpose(1, 2)
             keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, is_causal=self.causal)
+            y = attention(q, keys, values, self.mask, self.causal)
             return y.transpose(1, 2)
         # every cell at its own depth: let the cells be the batch of the attention
         if isinstance(slot, Diagonal):
@@ -319,7 +344,7 @@ class Window:
         values = values[slot, self.rows, :, : self.end].flatten(0, 1)
         seen = self.cache.index[: self.end] <= positions.reshape(-1, 1)  # (B W, end)
         q = q.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B W, H, 1, c)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+        y = attention(q, keys, values, seen[:, None, None])
         return y.squeeze(2).unflatten(0, slot.shape)
 
 
@@ -377,7 +402,7 @@ class Cells(Window):
             together, where = group.cells, group.where
         elif isinstance(slot, Diagonal):
             group, stored = self._alone, len(keys) - 1 - upload(slot.cells, q.device)  # (N,)
-            copies = q.device.type != "cpu" or q[0].numel() * self.end <= COPIED
+            copies = q.device.type != "cpu" or k[0].numel() * self.end <= COPIED
             together, where = (group.cells, group.where) if copies else ([], group.where)
         else:
             stored = len(keys) - 1 - of_each_cell(slot, len(q), 1)[:, 0]
@@ -390,7 +415,7 @@ class Cells(Window):
             here = stored[where] * keys.shape[1] + rows[where]
             ks, vs = (x.flatten(0, 1).index_select(0, here) for x in (keys, values))  # (n, H, end, c) each
             shown = self.mask[where, None, None]  # (n, 1, 1, end)
-            y[where] = F.scaled_dot_product_attention(q[where, :, None], ks, vs, attn_mask=shown)[:, :, 0]
+            y[where] = attention(q[where, :, None], ks, vs, shown)[:, :, 0]
         if len(together) < len(q):
             runs = slot.runs if isinstance(slot, Diagonal) else [(first, n, slot, 0) for first, n in self._level]
             for first, n, depth, fall in runs:
@@ -428,4 +453,4 @@ class Group:
         rows, columns, mask = self.places
         window = q.new_zeros(len(keys), q.shape[1], mask.shape[2], q.shape[2])  # (B, H, W, c)
         window[rows, :, columns] = q
-        return F.scaled_dot_product_attention(window, keys, values, attn_mask=mask)[rows, :, columns]
+        return attention(window, keys, values, mask)[rows, :, columns]
