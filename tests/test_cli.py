@@ -1473,7 +1473,8 @@ def test_ctrl_c_while_drawing_leaves_the_old_picture_whole(minirec_, tmp_path, m
     for before in [None, b"the old one"]:
         if before:
             picture.write_bytes(before)
-        code, _, err = minirec_("demo", "--problems", 1, "--out", picture)
+        shallow = ["--num-steps", 1, "--inner-steps", 1, "--guess-after", 1]
+        code, _, err = minirec_("demo", "--problems", 1, *shallow, "--out", picture)
         assert code == 130 and "Traceback" not in err
         assert os.listdir(tmp_path) == (["w.png"] if before else [])
     assert picture.read_bytes() == b"the old one"
