@@ -20,16 +20,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minirec.config import RecurrentConfig, flag, number, plain, shown, whole
 from minirec.fast_path import FastPath, room
 from minirec.kv_cache import Cells, Diagonal, KVCache, Window, upload
 from minirec.noise import as_seed
-from minirec.recurrent_block import RecurrentDepthLM, rotate, wide
+from minirec.recurrent_block import RecurrentDepthLM, RMSNorm
 from minirec.token_choice import TokenChoice
 
 
@@ -193,32 +195,11 @@ class Grid:
         everywhere = torch.arange(length, device=device).expand(len(prompts), -1)
         # (B, L, d): a position that was not opened yet holds its initial state
         self.state = model.initial_state(everywhere, seed=self.seed, scale=o.init_scale)
-        self._look_up(model)
+        self.net = twin(model)
         self.generations = [Generation(trace=[] if o.trace else None) for _ in prompts]
         self.finished = [False] * len(prompts)
         self.passes = self.row_steps = self.decodes = 0
         self.fast_path = FastPath(self.cache, self.rope) if o.fast else None
-
-    def _look_up(self, model: RecurrentDepthLM) -> None:
-        """Keep every weight at hand, so that a step touches tensors only."""
-        d, eps = model.config.n_embd, model.config.norm_eps
-        small_kernels = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
-        self.floor = torch.tensor(math.sqrt(d * eps), dtype=model.dtype) if small_kernels else None
-
-        def scale(norm) -> Tensor:
-            return norm.weight * math.sqrt(d) if small_kernels else norm.weight
-
-        def weights(b) -> tuple:
-            qk_bias = None if b.attn.qk_bias is None else b.attn.qk_bias.squeeze(1)  # (2, H, c)
-            attention = (scale(b.norm_1), b.attn.Wqkv.weight, qk_bias, b.attn.proj.weight, scale(b.norm_2))
-            return (*attention, scale(b.norm_3), b.mlp.fc.weight, b.mlp.proj.weight, scale(b.norm_4))
-
-        parts = model.transformer
-        self.prelude, self.core, self.coda = (
-            [weights(b) for b in blocks] for blocks in (parts.prelude, parts.core_block, parts.coda)
-        )
-        self.embedding, self.adapter, self.ln_f = parts.wte.weight, parts.adapter.weight, scale(parts.ln_f)
-        self.head, self.n_heads = model.lm_head.weight, model.config.n_heads
 
     def window(self, starts: list[int], width: int) -> Window:
         """Positions starts[b] .. starts[b] + width - 1 of every row b."""
@@ -245,10 +226,7 @@ class Grid:
         return self._run(at, self._embed, at.read(self.tokens))
 
     def _embed(self, at: Window, tokens: Tensor) -> Tensor:
-        x = F.embedding(tokens, self.embedding) * math.sqrt(self.embedding.shape[1])
-        for layer, weights in enumerate(self.prelude):
-            x = self.block(weights, x, at, "prelude", layer, 0)
-        return x
+        return self.net.prelude(tokens, at)
 
     def recur(self, s: Tensor, e: Tensor, at: Window, depth: int | Diagonal | Tensor) -> Tensor:
         """One recurrence step of the window, (B, W, d) -> (B, W, d).
@@ -260,10 +238,7 @@ class Grid:
         return self._run(at, self._recur, s, e, self.cache.slot(depth))
 
     def _recur(self, at: Window, s: Tensor, e: Tensor, slot: int | Diagonal | Tensor) -> Tensor:
-        s = F.linear(torch.cat([s, e], dim=-1), self.adapter)
-        for layer, weights in enumerate(self.core):
-            s = self.block(weights, s, at, "core", layer, slot)
-        return s
+        return self.net.recur(s, e, at, slot)
 
     def decode(self, s: Tensor, at: Window, only: Tensor | None = None) -> Tensor:
         """Coda of the window: logits (B, W, V); with `only` (B,) int64, of that one cell of each row: (B, 1, V)."""
@@ -271,44 +246,11 @@ class Grid:
         return self._run(at, self._decode, s) if only is None else self._decode(at, s, only)
 
     def _decode(self, at: Window, s: Tensor, only: Tensor | None = None) -> Tensor:
-        x = self.norm(s, self.ln_f)
-        for layer, weights in enumerate(self.coda):
-            x = self.block(weights, x, at, "coda", layer, 0)
-        if only is not None:
-            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
-        return wide(F.linear(self.norm(x, self.ln_f), self.head))
+        return self.net.coda(s, at, only)
 
     def _run(self, at: Window, work: Callable, *inputs) -> Tensor:
         """One of the three above on a window: as it is, or on the fast path."""
         return work(at, *inputs) if self.fast_path is None else self.fast_path(at, work, *inputs)
-
-    def block(
-        self, weights: tuple, x: Tensor, at: Window, part: str, layer: int, slot: int | Diagonal | Tensor
-    ) -> Tensor:
-        """`SandwichBlock` over a window with stored keys and values: (B, W, d) -> (B, W, d); slot: `Window.attend`'s.
-
-        The same arithmetic as the module, laid flat: at batch 1 on a CPU the time beside the matrix products goes
-        into many small calls (benchmarks/overhead.py), so nothing is looked up or called that need not be.
-        """
-        norm_1, qkv, qk_bias, out, norm_2, norm_3, fc, proj, norm_4 = weights
-        qkv = F.linear(self.norm(x, norm_1), qkv).view(*x.shape[:2], 3, self.n_heads, -1)  # (B, W, 3, H, c)
-        qk = qkv[:, :, :2] if qk_bias is None else qkv[:, :, :2] + qk_bias
-        q, k = rotate(qk, at.rope).transpose(1, 3).unbind(2)  # (B, H, W, c) each
-        y = at.attend(part, layer, slot, q, k, qkv[:, :, 2].transpose(1, 2))  # (B, W, H, c)
-        x = self.norm(F.linear(y.flatten(2), out).add_(x), norm_2)
-        gate, value = F.linear(self.norm(x, norm_3), fc).chunk(2, dim=-1)
-        return self.norm(F.linear(F.silu(gate).mul_(value), proj).add_(x), norm_4)
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm, (..., d) -> (..., d).
-
-        In float32 on a CPU, four small kernels are faster than PyTorch's own: with |x| the length of x,
-        x / sqrt(|x|^2 / d + eps) = sqrt(d) x / hypot(|x|, sqrt(d eps)), and sqrt(d) is in `weight` already.
-        """
-        if self.floor is None:
-            return F.rms_norm(x, weight.shape, weight, self.model.config.norm_eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)  # (..., 1)
-        return torch.div(x, length).mul_(weight)
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The token that follows each of positions (B or 1, W): (B, W) int64; -1 where its logits are not finite."""
@@ -381,6 +323,59 @@ class Grid:
     def results(self) -> Generation | list[Generation]:
         """One Generation for a single prompt, a list for a batch."""
         return self.generations[0] if self.single else self.generations
+
+
+def twin(module: nn.Module) -> Any:
+    """A module's twin with the same methods and weights, whose parts are plain functions instead of modules.
+
+    At batch 1 on a CPU the time beside the matrix products goes into many small calls (benchmarks/overhead.py), and
+    calling a module, or looking something up in one, is several of them.  A property is computed once, here.  The
+    arithmetic is the module's own, but for norms where `quick_norm` is faster.
+    """
+    # not of nn.Module: in an object with __getattr__ every attribute takes longer to find
+    own = [c for c in reversed(type(module).__mro__) if c is not nn.Module and issubclass(c, nn.Module)]
+    members = {name: value for c in own for name, value in vars(c).items() if not name.startswith("__")}
+    values = {name: getattr(module, name) for name, value in members.items() if isinstance(value, property)}
+    copy = type(type(module).__name__, (), {name: members[name] for name in members.keys() - values.keys()})()
+    values |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    values |= dict(module.named_parameters(recurse=False))
+    values |= {name: _function(child) for name, child in module.named_children()}
+    copy.__dict__.update(values)
+    return copy
+
+
+def _function(module: nn.Module) -> Any:
+    """What stands for a module in its parent's twin: something to call, or to look further parts up in."""
+    if isinstance(module, nn.Linear):
+        weight, bias = module.weight, module.bias
+        return lambda x: F.linear(x, weight, bias)
+    if isinstance(module, nn.Embedding):
+        return lambda tokens: F.embedding(tokens, module.weight)
+    if isinstance(module, RMSNorm):
+        small_kernels = module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.float64)
+        return quick_norm(module.weight, module.eps) if small_kernels else twin(module).forward
+    if isinstance(module, nn.ModuleList):
+        return [_function(child) for child in module]
+    if isinstance(module, nn.ModuleDict):
+        return SimpleNamespace(**{name: _function(child) for name, child in module.items()})
+    return twin(module).forward
+
+
+def quick_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    """RMSNorm, (..., d) -> (..., d), in four small kernels that are faster than PyTorch's own in float32 on a CPU.
+
+    With |x| the length of x, x / sqrt(|x|^2 / d + eps) = sqrt(d) x / hypot(|x|, sqrt(d eps)).  Not for training: it
+    overwrites what the gradient would need.
+    """
+    d = weight.shape[-1]
+    scaled = weight * math.sqrt(d)  # (d,)
+    floor = torch.tensor(math.sqrt(d * eps), dtype=weight.dtype)
+
+    def norm(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)  # (..., 1)
+        return torch.div(x, length).mul_(scaled)
+
+    return norm
 
 
 def stop_tokens(model: RecurrentDepthLM) -> set[int]:

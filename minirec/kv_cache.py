@@ -21,7 +21,7 @@ written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -102,6 +102,17 @@ class Diagonal:
 
     def __add__(self, steps: int) -> Diagonal:
         return Diagonal(tuple(d + steps for d in self.cells), tuple((i, n, d + steps, f) for i, n, d, f in self.runs))
+
+    def each(self, function: Callable[[int], int]) -> Diagonal:
+        """The function of every depth, cut into runs anew; no run joins cells that two runs held before."""
+        return Diagonal.of([function(depth) for depth in self.cells], {first for first, _, _, _ in self.runs})
+
+
+def of_each_cell(slot: Tensor, rows: int, width: int) -> Tensor:
+    """The slots, if there is one for each cell: other shapes would broadcast to wrong slots, and are a ValueError."""
+    if slot.shape != (rows, width):
+        raise ValueError(f"slots have shape {tuple(slot.shape)}; the cells have ({rows}, {width})")
+    return slot
 
 
 def _attend_run(keys: Tensor, values: Tensor, depth: int, fall: int, end: int, q: Tensor, mask: Tensor) -> Tensor:
@@ -190,13 +201,15 @@ class KVCache:
         return sum(t.nbytes for t in self.parts.values())
 
     def slot(self, depth: int | Diagonal | Tensor) -> int | Diagonal | Tensor:
-        """The slot of a recurrence step: `depth` counts the steps before it, for all cells or for each of (B, W)."""
+        """The slot of a recurrence step: `depth` counts the steps before it.
+
+        One for all cells, or one for each as a Diagonal or a tensor: the slots come in the same form, a tensor in the
+        same shape.
+        """
         if self.slots == 1:
             return 0
         if isinstance(depth, Diagonal):
-            if self.kv == "full" and max(depth.cells) < self.slots:
-                return depth
-            depth = upload([depth.cells], self.index.device)
+            return depth if max(depth.cells) < self.slots else depth.each(self.slot)
         if self.kv == "shared":
             return depth % self.slots
         return min(depth, self.slots - 1) if isinstance(depth, int) else depth.clamp(max=self.slots - 1)
@@ -211,6 +224,11 @@ class KVCache:
                 f"position {max(starts) + width - 1} is outside the cache, which was allocated for {self.length} tokens"
             )
         return Window(self, starts, width, rope)
+
+    def clear(self, row: int) -> None:
+        """Set a row's keys and values to zero, which leaves nothing there that is not finite."""
+        for kept in self.parts.values():
+            kept[:, :, :, row].zero_()
 
     def copy_deeper(self, row: int, start: int, depths: list[int]) -> None:
         """Let positions of a row that stopped early stand in for the steps they never ran.
@@ -293,7 +311,7 @@ class Window:
                 parts.append(_attend_run(keys, values, depth, fall, start + n, q[0, :, run].transpose(0, 1), mask))
             return torch.cat(parts)[None]  # (1, W, H, c)
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
-        slot = self.cache.slots - 1 - slot  # as stored
+        slot = self.cache.slots - 1 - of_each_cell(slot, len(q), self.width)  # as stored
         positions = self.positions.expand(slot.shape)  # (B, W)
         keys[slot, self.rows, :, positions] = k.transpose(1, 2)
         values[slot, self.rows, :, positions] = v.transpose(1, 2)
@@ -362,7 +380,7 @@ class Cells(Window):
             copies = q.device.type != "cpu" or q[0].numel() * self.end <= COPIED
             together, where = (group.cells, group.where) if copies else ([], group.where)
         else:
-            stored = len(keys) - 1 - slot[:, 0]
+            stored = len(keys) - 1 - of_each_cell(slot, len(q), 1)[:, 0]
             together, where = range(len(q)), slice(None)
         keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
         keys, values, y = keys[..., : self.end, :], values[..., : self.end, :], torch.empty_like(q)
