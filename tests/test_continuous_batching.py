@@ -351,7 +351,7 @@ def test_a_bad_engine_is_refused(small_model, wrong, named):
             r"a prompt of 2 tokens and max_new_tokens 20 need 33,792 bytes .* kv_budget is 30,000",
         ),
         ({"num_steps": 5}, "num_steps is 5; this engine's cache is 4 steps deep"),
-        ({"threshold": -1.0}, "threshold is -1.0; it must be 0 or above, or None"),
+        ({"threshold": -1.0}, "threshold is -1.0; it must be a number, at least 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"seed": None}, "seed is None; it must be a whole number"),
         ({"seed": [1]}, r"seed is \[1\]; it must be a whole number"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minirec.adaptive_exit import latent_diff
-from minirec.config import number
+from minirec.config import number, one_of, shown, whole
 from minirec.continuous_batching.requests import Event, Pass, Request, Stage, State
 from minirec.continuous_batching.scheduler import MODES, POLICIES, Scheduler
 from minirec.continuous_batching.slots import Move, Slot, advance_front, advance_wave, next_token, read_on
@@ -47,18 +47,23 @@ class Engine:
         init_scale: float = 1.0, on_pass: Callable[[Pass], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):  # fmt: skip
-        num_steps = model.config.mean_recurrence if num_steps is None else num_steps
-        slots, max_length, self.r, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
-            slots=slots, max_length=max_length, num_steps=num_steps, chunk=chunk, row_budget=row_budget,
-            guess_after=guess_after, coda_batch=coda_batch, patience=patience)  # fmt: skip
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-        if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}; it must be {' or '.join(map(repr, POLICIES))}")
+        self.r = model.config.depth(num_steps)
+        max_length, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
+            max_length=max_length, chunk=chunk, row_budget=row_budget, guess_after=guess_after, coda_batch=coda_batch,
+            patience=patience)  # fmt: skip
+        slots, kv_budget = whole("slots", slots, 1, 2**16), None if kv_budget is None else whole("kv_budget", kv_budget)
+        one_of("mode", mode, MODES)
+        one_of("policy", policy, POLICIES)
+        if on_pass is not None and not callable(on_pass):
+            raise ValueError(f"on_pass is {shown(on_pass)}; it must be a function, or None")
+        if not callable(clock):
+            raise ValueError(f"clock is {shown(clock)}; it must be a function")
         if guess_after > self.r:
-            raise ValueError(f"guess_after is {guess_after}; it must be from 1 to num_steps, here {self.r}")
+            raise ValueError(f"guess_after is {shown(guess_after)}; it must be from 1 to num_steps, here {self.r}")
         if not 2 <= max_length <= model.config.block_size:
-            raise ValueError(f"max_length is {max_length}; it must be from 2 to the context, {model.config.block_size}")
+            raise ValueError(
+                f"max_length is {shown(max_length)}; it must be from 2 to the context, {model.config.block_size}"
+            )
         self.model, self.mode, self.max_length, self.chunk = model, mode, max_length, chunk
         self.row_budget, self.guess_after, self.on_pass, self.clock = row_budget, guess_after, on_pass, clock
         # one token in each row until a request comes
@@ -93,10 +98,8 @@ class Engine:
         r = self.r if num_steps is None else num_steps
         r, max_new_tokens = check_counts(num_steps=r, max_new_tokens=max_new_tokens)
         if r > self.r:
-            raise ValueError(f"num_steps is {r}; this engine's cache is {self.r} steps deep")
-        threshold = None if threshold is None else number("threshold", threshold)
-        if threshold is not None and not threshold >= 0:
-            raise ValueError(f"threshold is {threshold}; it must be 0 or above, or None")
+            raise ValueError(f"num_steps is {shown(r)}; this engine's cache is {self.r} steps deep")
+        threshold = None if threshold is None else number("threshold", threshold, least=0)
         unknown = options.keys() & {"kv", "kv_slots", "init_scale", "trace", "fast"}
         if unknown:
             raise ValueError(f"{min(unknown)} is the engine's to choose, not a request's")
