@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 from minirec.adaptive_exit import latent_diff
-from minirec.config import number
+from minirec.config import number, one_of, shown, whole
 from minirec.continuous_batching.requests import Event, Pass, Request, Stage, State
 from minirec.continuous_batching.scheduler import MODES, POLICIES, Scheduler
-from minirec.continuous_batching.slots import Move, Slot, advance_front, advance_wave, next_token, read_on
+from minirec.continuous_batching.slots import (
+    Move,
+    Part,
+    Slot,
+    advance_front,
+    advance_wave,
+    next_token,
+    read_on,
+    together,
+)
 from minirec.decoding import Generation, Grid, Options, as_rows, as_seed, check_counts, check_request
 from minirec.kv_cache import Cells, bytes_per_token, upload
 from minirec.recurrent_block import RecurrentDepthLM
@@ -47,18 +56,22 @@ class Engine:
         init_scale: float = 1.0, on_pass: Callable[[Pass], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):  # fmt: skip
-        num_steps = model.config.mean_recurrence if num_steps is None else num_steps
-        slots, max_length, self.r, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
-            slots=slots, max_length=max_length, num_steps=num_steps, chunk=chunk, row_budget=row_budget,
-            guess_after=guess_after, coda_batch=coda_batch, patience=patience)  # fmt: skip
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-        if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}; it must be {' or '.join(map(repr, POLICIES))}")
+        self.r = model.config.depth(num_steps)
+        max_length, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
+            max_length=max_length, chunk=chunk, row_budget=row_budget, guess_after=guess_after, coda_batch=coda_batch,
+            patience=patience)  # fmt: skip
+        slots, kv_budget = whole("slots", slots, 1, 2**16), None if kv_budget is None else whole("kv_budget", kv_budget, 1)
+        mode, policy = one_of("mode", mode, MODES), one_of("policy", policy, POLICIES)
+        if on_pass is not None and not callable(on_pass):
+            raise ValueError(f"on_pass is {shown(on_pass)}; it must be a function, or None")
+        if not callable(clock):
+            raise ValueError(f"clock is {shown(clock)}; it must be a function")
         if guess_after > self.r:
-            raise ValueError(f"guess_after is {guess_after}; it must be from 1 to num_steps, here {self.r}")
+            raise ValueError(f"guess_after is {shown(guess_after)}; it must be from 1 to num_steps, here {self.r}")
         if not 2 <= max_length <= model.config.block_size:
-            raise ValueError(f"max_length is {max_length}; it must be from 2 to the context, {model.config.block_size}")
+            raise ValueError(
+                f"max_length is {shown(max_length)}; it must be from 2 to the context, {model.config.block_size}"
+            )
         self.model, self.mode, self.max_length, self.chunk = model, mode, max_length, chunk
         self.row_budget, self.guess_after, self.on_pass, self.clock = row_budget, guess_after, on_pass, clock
         # one token in each row until a request comes
@@ -93,10 +106,8 @@ class Engine:
         r = self.r if num_steps is None else num_steps
         r, max_new_tokens = check_counts(num_steps=r, max_new_tokens=max_new_tokens)
         if r > self.r:
-            raise ValueError(f"num_steps is {r}; this engine's cache is {self.r} steps deep")
-        threshold = None if threshold is None else number("threshold", threshold)
-        if threshold is not None and not threshold >= 0:
-            raise ValueError(f"threshold is {threshold}; it must be 0 or above, or None")
+            raise ValueError(f"num_steps is {shown(r)}; this engine's cache is {self.r} steps deep")
+        threshold = None if threshold is None else number("threshold", threshold, least=0)
         unknown = options.keys() & {"kv", "kv_slots", "init_scale", "trace", "fast"}
         if unknown:
             raise ValueError(f"{min(unknown)} is the engine's to choose, not a request's")
@@ -152,16 +163,19 @@ class Engine:
         stage, slots = self.scheduler.choose(self.busy)
         for slot in self.busy:
             slot.sat_out = 0 if slot in slots else slot.sat_out + 1
-        ran = [(s.row, s.request.id, max(s.depths) + (stage is Stage.RECUR)) for s in slots]
-        cells = sum(s.new if stage is Stage.PRELUDE else len(s.tokens) for s in slots)
+        cells = sum(slot.new if stage is Stage.PRELUDE else len(slot.tokens) for slot in slots)
+        done = None
+        if self.on_pass is not None:  # a coda's slots go on to their next window, so their depths are read now
+            ran = [(s.row, s.request.id, max(s.depths) + (stage is Stage.RECUR)) for s in slots]
+            done = Pass(stage, cells, ran)
         changes = {Stage.PRELUDE: self._prelude, Stage.RECUR: self._recur, Stage.CODA: self._coda}[stage](slots)
         for slot, change in zip(slots, changes, strict=True):
             slot.become(**change)
         self.passes[stage] += 1
         self.cells[stage] += cells
         self.slots_in[stage] += len(slots)
-        if self.on_pass is not None:
-            self.on_pass(Pass(stage, cells, ran))
+        if done is not None:
+            self.on_pass(done)
         self._hand_over()
         return True
 
@@ -198,7 +212,7 @@ class Engine:
         positions = torch.arange(n, device=self.model.device)
         initial = self.model.initial_state(positions, request.seed, self.grid.options.init_scale)[:, None]  # (n, 1, d)
         self.grid.seed[row] = request.seed
-        slot, tokens = Slot(row, request, initial), request.prompt[: self.chunk]
+        slot, tokens = Slot(row, request, Part(initial, 0, n)), request.prompt[: self.chunk]
         move = Move([], 0, tokens, [0] * len(tokens))
         slot.become(**slot.opened(move, self._steps(slot, move)))
         now, busy, free = self.clock(), [*self.busy, slot], self.free[:-1]
@@ -275,14 +289,19 @@ class Engine:
     def _prelude(self, slots: list[Slot]) -> list[dict]:
         at = self._cells(slots, newest=True)
         at.write(self.grid.tokens, upload([[t] for s in slots for t in s.tokens[-s.new :]], self.model.device))
-        embeddings = self.grid.embed(at).split([slot.new for slot in slots])  # (new, 1, d) each
-        return [slot.embedded(e) for slot, e in zip(slots, embeddings, strict=True)]
+        e, first, changes = self.grid.embed(at), 0, []  # (N, 1, d)
+        for slot in slots:
+            changes.append(slot.embedded(Part(e, first, slot.new)))
+            first += slot.new
+        return changes
 
     @torch.inference_mode()
     def _recur(self, slots: list[Slot]) -> list[dict]:
         at = self._cells(slots)
-        before, e = torch.cat([s.state for s in slots]), torch.cat([s.embedding for s in slots])  # (N, 1, d) each
-        depths = [min(d, slot.request.num_steps - 1) for slot in slots for d in slot.depths]
+        before, e = together([s.state for s in slots]), together([s.embedding for s in slots])  # (N, 1, d) each
+        # "full" keeps a request's own steps apart; shared slots are counted on, by diffusion forcing past num_steps too
+        full = self.grid.cache.kv == "full"
+        depths = [min(d, slot.request.num_steps - 1) if full else d for slot in slots for d in slot.depths]
         s = self.grid.recur(before, e, at, at.depths(depths))  # (N, 1, d)
         exits = [
             self.mode != "wavefront" and slot.request.state is State.DECODE and slot.request.threshold is not None
@@ -290,18 +309,20 @@ class Engine:
         ]
         moved = latent_diff(before, s)[:, 0].tolist() if any(exits) else None
         changes, first = [], 0
-        for slot, state, may in zip(slots, s.split([len(slot.tokens) for slot in slots]), exits, strict=True):
-            changes.append(slot.looped(state, settled=may and moved[first] < slot.request.threshold))
-            first += len(slot.tokens)
+        for slot, may in zip(slots, exits, strict=True):
+            n, settled = len(slot.tokens), may and moved[first] < slot.request.threshold
+            # the embeddings too, so that the next pass of the same slots finds them together
+            changes.append(slot.looped(Part(s, first, n), Part(e, first, n), settled))
+            first += n
         return changes
 
     @torch.inference_mode()
     def _coda(self, slots: list[Slot]) -> list[dict]:
-        at, s = self._cells(slots), torch.cat([slot.state for slot in slots])  # (N, 1, d)
+        at, s = self._cells(slots), together([slot.state for slot in slots])  # (N, 1, d)
         guesses, failed = self._choose(self.grid.decode(s, at), at, slots)  # (N, 1)
         moved = None
         if any(slot.front for slot in slots):
-            moved = latent_diff(torch.cat([slot.before for slot in slots]), s)[:, 0].tolist()
+            moved = latent_diff(together([slot.before for slot in slots]), s)[:, 0].tolist()
         guessed, first, changes = guesses[:, 0].tolist(), 0, []  # the one synchronisation of the pass
         for slot in slots:
             own = slice(first, first + len(slot.tokens))
