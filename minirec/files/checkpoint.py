@@ -396,7 +396,7 @@ def read_headers(folder: Path, config: RecurrentConfig) -> dict[str, Stored]:
         if not isinstance(listed, dict):
             raise ValueError(f"{index} has no weight_map")
         for file in listed.values():
-            name = file if isinstance(file, str) and file.isprintable() else ""
+            name = file if isinstance(file, str) and file.isprintable() and len(file) < 200 else ""
             if Path(name).name != name or not name.endswith(".safetensors"):  # "../elsewhere", "/elsewhere"
                 raise ValueError(f"{index} names {one_line(repr(file))}; a shard is a file in the folder of the index")
         files = sorted({folder / file for file in listed.values()})
@@ -404,7 +404,7 @@ def read_headers(folder: Path, config: RecurrentConfig) -> dict[str, Stored]:
         files = [folder / WEIGHTS]
         if not files[0].exists():
             pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-            hint = f"; {pickles[0]} is a pickle, which minirec does not open" if pickles else ""
+            hint = f"; {one_line(pickles[0])} is a pickle, which minirec does not open" if pickles else ""
             raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {INDEX}{hint}")
     stored: dict[str, Stored] = {}
     for file in files:
