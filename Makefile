@@ -5,12 +5,14 @@ BIN := .venv/bin
 READY := .venv/.minirec-ready
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
-# Tests draw off screen. Notebooks must not inherit this: it would replace their inline figures.
-PYTEST := MPLBACKEND=Agg $(BIN)/python -m pytest
-NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env
+# One thread each (tests/conftest.py), in as many processes as there are cores; a file stays in one process, since a
+# notebook's cells share a kernel.  Notebooks come first: they are the longest.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(PARALLEL)
+COURSE := --nbval-lax --nbval-current-env $(NOTEBOOKS) tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-eval test-nbgrader assignments tiny lab docs badges lint format
+.PHONY: help demo test test-all test-eval test-nbgrader assignments tiny lab docs drawings badges lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,13 +20,23 @@ help: ## list the targets
 demo: $(READY) ## run the demo
 	$(BIN)/minirec demo
 
-test: $(READY) ## run the fast tests, then every notebook
-	$(PYTEST)
-	$(NBVAL) $(NOTEBOOKS)
+test: $(READY) ## run every notebook and the fast tests
+	$(PYTEST) $(COURSE)
 
-test-all: $(READY) ## run all tests, the slow ones too, then every notebook
-	$(PYTEST) -m ""
-	$(NBVAL) $(NOTEBOOKS)
+test-all: $(READY) ## run every notebook and all tests, the slow ones too
+	$(PYTEST) -m "" $(COURSE)
+
+.PHONY: coverage types release-check
+coverage: $(READY) ## run the fast tests and list the lines they miss; fails below 95 %
+	$(PYTEST) --cov --cov-report=term tests
+
+types: $(READY) ## check the package's types
+	$(BIN)/python -m mypy
+
+release-check: $(READY) ## build sdist and wheel, and run demo and fast tests with each in a fresh environment
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python tests/release_check.py dist/*
 
 assignments: $(READY) ## write the students' versions of the assignments, into student/
 	$(BIN)/python notebooks/assignments/grading.py student student
@@ -84,6 +96,9 @@ docs: $(READY) ## build the documentation site and check its links
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -c docs . docs/_build
 	$(BIN)/python docs/links.py docs/_build
 	@echo "open docs/_build/index.html"
+
+drawings: $(READY) ## draw the pictures of README and site again, after a change to minirec/figures/drawings.py
+	$(BIN)/python -m minirec.figures.drawings docs/drawings
 
 badges: $(READY) ## write "Open in Colab" into the notebooks: REPO=owner/name on GitHub, REPO=none takes them out
 	$(BIN)/python docs/badges.py "$(REPO)" $(NOTEBOOKS)

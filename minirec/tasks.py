@@ -36,6 +36,8 @@ from itertools import pairwise, takewhile
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from minirec.config import one_of, shown, whole
+
 SPECIAL = ["<pad>", "<begin>", "<end>"]
 PUNCTUATION = list(".,?+-*/=")
 DIGITS = list("0123456789")
@@ -183,13 +185,13 @@ def problems(split: str, seed: int | str = 0, family: str = "words", level: int 
 
     Raises ValueError for an unknown split or family, or a level that the split does not have.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
-    if family not in FAMILIES:
-        raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
+    one_of("split", split, ("train", "heldout"))
+    one_of("family", family, FAMILIES)
     levels = FAMILIES[family] + (HARDER[family] if split == "heldout" else ())
+    level = None if level is None else whole("level", level)
     if level is not None and level not in levels:
-        raise ValueError(f"level is {level}; in split {split!r} family {family!r} has levels {levels}")
+        raise ValueError(f"level is {shown(level)}; in split {split!r} family {family!r} has levels {levels}")
+    seed = seed if isinstance(seed, str) else whole("seed", seed)
     write = {"words": _word_problem, "automaton": _automaton, "hops": _hops}[family]
     rng = random.Random(f"{split} {seed} {family} {level}")
     while True:
@@ -205,8 +207,7 @@ def heldout(n: int, seed: int = 0, family: str = "words", level: int | None = No
     level None mixes the trained levels evenly; one of HARDER[family] is harder than any that training shows.  Raises
     ValueError if there are not so many.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
+    n = whole("n", n, 1, 10**6)
     seen: dict[str, Problem] = {}
     in_vain = 0
     for problem in problems("heldout", seed, family, level):

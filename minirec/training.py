@@ -38,11 +38,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minirec import tasks
-from minirec.config import number, whole
+from minirec.config import MOST_STEPS, flag, number, one_of, plain, shown, whole
 from minirec.recurrent_block import RecurrentDepthLM
 from minirec.tasks import PAD, task_tokenizer
 
 IGNORE = -100  # label of a position that carries no loss
+MOST = {"batch_tokens": 2**24, "evaluate_on": 10**6, "extra": MOST_STEPS}  # upper bounds of a TrainingConfig
 POOL = 16  # rounds of batches drawn at once and sorted by length, so that a batch holds problems of one size
 
 
@@ -55,6 +56,7 @@ class TrainingConfig:
     drawn by the paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson
     number more (mean `extra`); a problem that needs a single step has no early rows.  `hardest` is the share of
     problems that are of the hardest level joined: on its way it asks for what the easier levels ask for at the end.
+    Raises ValueError naming a field whose value is of another type or out of range.
     """
 
     steps: int = 12_000
@@ -80,29 +82,26 @@ class TrainingConfig:
     save_every: int = 500
 
     def __post_init__(self):
-        self.seed, self.staged = whole("seed", self.seed, 0, 2**32 - 1), bool(self.staged)
         for field in fields(self):  # as Python's own, so that a run is the same run whoever made its numbers
             name, value = field.name, getattr(self, field.name)
-            if field.type == "float":
-                setattr(self, name, number(name, value))
-            elif field.type == "int" and name != "seed":
-                setattr(self, name, whole(name, value, 1))
-        for name in ("learning_rate", "gradient_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("warmup", "decay", "joining", "curriculum", "hardest", "early", "random", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+            if name == "seed":
+                value = whole(name, value, 0, 2**32 - 1)
+            elif field.type == "int":
+                value = whole(name, value, 1, MOST.get(name, 2**31 - 1))
+            elif field.type == "bool":
+                value = flag(name, value)
+            elif name in ("learning_rate", "gradient_clip"):
+                value = number(name, value, above=0)
+            elif field.type == "float":
+                value = number(name, value, least=0, most=MOST.get(name, 1))
+            setattr(self, name, value)
         if self.early + self.random > 1:
             raise ValueError(f"early is {self.early} and random {self.random}; together they must be at most 1")
-        if not 0 <= self.extra < math.inf:
-            raise ValueError(f"extra is {self.extra}; it must be at least 0 and finite")
-        self.families = (self.families,) if isinstance(self.families, str) else tuple(self.families)
-        if not self.families:
-            raise ValueError(f"families is {self.families}; it must name one at least of {', '.join(tasks.FAMILIES)}")
-        for family in self.families:
-            if family not in tasks.FAMILIES:
-                raise ValueError(f"family is {family!r}; it must be one of {', '.join(tasks.FAMILIES)}")
+        families = plain(self.families)
+        self.families = (families,) if isinstance(families, str) else families
+        if not isinstance(self.families, Sequence) or not self.families:
+            raise ValueError(f"families is {shown(families)}; it must name at least one of {', '.join(tasks.FAMILIES)}")
+        self.families = tuple(one_of("family", family, tasks.FAMILIES) for family in self.families)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: warm-up, plateau, linear decay to zero."""
@@ -133,7 +132,7 @@ class TrainingConfig:
 
 def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: float = 0.5) -> Tensor:
     """n depths of the paper, (n,) int64: log-normal Poisson of about this mean, at least 1 (2502.05171, eq. 1)."""
-    tau = torch.normal(math.log(mean) - sigma**2 / 2, sigma, (n,), generator=generator)
+    tau = torch.normal(math.log(mean) - sigma**2 / 2, sigma, (n,), generator=generator, dtype=torch.float32)
     return torch.poisson(tau.exp(), generator=generator).long() + 1
 
 
@@ -283,9 +282,10 @@ class Batches:
     def _depths(self, problems: list[tasks.Problem], generator: torch.Generator) -> Tensor:
         """How deep each row goes, (B,) int64: by the paper's rule, or by what the problem needs."""
         needed = torch.tensor([len(p.stages) for p in problems])  # (B,)
-        kind, share = torch.rand((2, len(problems)), generator=generator)
+        kind, share = torch.rand((2, len(problems)), generator=generator, dtype=torch.float32)
         early = 1 + (share * needed).long()
-        beyond = needed + torch.poisson(torch.full(needed.shape, self.config.extra), generator=generator).long()
+        mean = torch.full(needed.shape, self.config.extra, dtype=torch.float32)
+        beyond = needed + torch.poisson(mean, generator=generator).long()
         paper = sample_depth(self.mean_depth, generator, len(problems))
         depths = torch.where((kind < self.config.early) & (needed > 1), early, beyond)
         return torch.where(kind >= 1 - self.config.random, paper, depths)
@@ -313,7 +313,7 @@ def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_step
     the problems, so all have to call this, and all get the whole answer.
     """
     rank, world = place()
-    right = torch.zeros((), device=model.device)
+    right = torch.zeros((), device=model.device, dtype=torch.float32)
     if own := problems[rank::world]:
         tokens, labels = (t.to(model.device) for t in batch_of(own))
         guesses = model(tokens, num_steps=num_steps).logits.argmax(-1)  # (B, T)

@@ -85,7 +85,7 @@ class Run:
                         optimizer.state.pop(p, None)
                     else:
                         optimizer.state[p][moment] = value.to(p.device)
-                        optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+                        optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device, dtype=torch.float32)
         return step, log, running
 
     def save(self, model, optimizer, config: TrainingConfig, step: int, log: list[dict], running: list) -> None:
