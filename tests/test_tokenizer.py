@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from unittest import mock
 
 import pytest
@@ -30,6 +31,7 @@ from minirec.tasks import BEGIN, DIGITS, END, LETTERS, PAD, VOCABULARY, task_tok
 
 sys.path.insert(0, str(Path(__file__).parent / "chat_templates"))
 import make_expected
+from spoiling import spoilt_bytes, spoilt_json
 
 WORDS = [w for w in VOCABULARY if w.isalpha()]
 
@@ -310,10 +312,13 @@ def test_of_several_templates_the_default_counts(folder):
     named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
     write(folder, chat_template=named)
     assert read(folder).render(TALK).startswith("<|im_start|>system\n")
-    for wrong in (named[:1], [], [3], [{"name": "default"}]):
+    for wrong in (named[:1], [], [3], [{"name": ["default"], "template": CHATML}]):
         write(folder, chat_template=wrong)
         with pytest.raises(ValueError, match="no chat template is named 'default'"):
             read(folder)
+    write(folder, chat_template=[{"name": "default"}])
+    with pytest.raises(ValueError, match="has no chat template"):
+        read(folder)
 
 
 def test_a_template_is_utf_8(folder):
@@ -390,10 +395,10 @@ DOUBLING = "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s 
         (ENDLESS, "takes more than 0.5 seconds|range"),
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
         (DOUBLING, "MemoryError|takes more than 0.5 seconds"),
-        ("{{ 'a' * 10**10 }}", "MemoryError"),
-        ("{{ 'a' * 10**8 }}", "it writes 100,000,000 characters"),
-        ("{{ '%0999999999d' % 1 }}", "MemoryError|characters"),
-        ("{{ 'a'|center(10**10) }}", "MemoryError|characters|OverflowError"),
+        ("{{ 'a' * 10**10 }}", "MemoryError|takes more"),
+        ("{{ 'a' * 10**8 }}", "it writes 100,000,000 characters|takes more"),
+        ("{{ '%0999999999d' % 1 }}", "MemoryError|characters|takes more"),
+        ("{{ 'a'|center(10**10) }}", "MemoryError|characters|takes more"),
         ("{{ 9 ** (9 ** 9) }}", "takes more than 0.5 seconds"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ lipsum(n=10**6) }}", "takes more than 0.5 seconds|characters"),
@@ -416,7 +421,7 @@ def test_a_template_that_ended_its_process_can_be_used_again(folder):
     write(folder, chat_template=loops + CHATML)
     template = read(folder)
     for _ in range(2):
-        with pytest.raises(ValueError, match="takes more than 0.5 seconds"):
+        with pytest.raises(ValueError, match=r"takes more than 0.5 seconds"):
             template.render([{"role": "user", "content": "loop"}])
         assert template.render([{"role": "user", "content": "Hi"}]).startswith("<|im_start|>user\nHi")
 
@@ -499,6 +504,22 @@ def test_a_tokenizer_file_that_is_none(tmp_path, text):
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer") as refused:
         read_tokenizer(tmp_path)
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_spoilt_file_is_read_or_one_clear_error(folder, file):
+    if file == "chat_template.jinja":
+        (folder / file).write_text(HUGINN_TEMPLATE)
+    content, random = (folder / file).read_bytes(), Random(file)
+    for i in range(12):
+        if file.endswith(".json") and i % 2:
+            (folder / file).write_text(json.dumps(spoilt_json(json.loads(content), random)))
+        else:
+            (folder / file).write_bytes(spoilt_bytes(content, random))
+        try:
+            read(folder).encode(TALK)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 1000, error
 
 
 @given(st.text())

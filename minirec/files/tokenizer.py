@@ -90,8 +90,9 @@ class ChatTemplate:
 
     The template is one of jinja, and renders as in transformers: the file chat_template.jinja, or `chat_template` of
     tokenizer_config.json, of several the one named "default".  It comes from whoever made the checkpoint, so it runs
-    in a sandbox, with 2 seconds and 1 GiB for each text.  `speaker` is the role of the model's own messages; `end` the special token that ends one, None if there is none.  ValueError for a
-    checkpoint without a template, or with one that does not work.
+    in a sandbox, with 2 seconds and 1 GiB for each text.  `speaker` is the role of the model's own messages; `end` the
+    special token that ends one, None if there is none.  ValueError for a checkpoint without a template, or with one
+    that does not work.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
@@ -116,9 +117,7 @@ class ChatTemplate:
                 raise ValueError(f"{self.path}: {key} is {one_line(repr(token))}; it must be a token or null")
         source = values.get("chat_template")
         if isinstance(source, list):
-            named = {
-                t["name"]: t["template"] for t in source if isinstance(t, dict) and {"name", "template"} <= t.keys()
-            }
+            named = {t.get("name"): t.get("template") for t in source if _is_named(t)}
             if "default" not in named:
                 names = ", ".join(one_line(repr(name)) for name in named) or "none"
                 raise ValueError(f"{self.path}: no chat template is named 'default' (there are: {names})")
@@ -179,6 +178,11 @@ class ChatTemplate:
             if whole.startswith(begun + "!"):
                 return role, next((i for i in self._ids(whole[len(begun) + 1 :]) if i in special), None)
         raise ValueError(f"{self.path}: the chat template does not show who speaks for the model")
+
+
+def _is_named(value) -> bool:
+    """Is this one of several templates?"""
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def _is_token(value) -> bool:
