@@ -60,7 +60,8 @@ class Engine:
         max_length, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
             max_length=max_length, chunk=chunk, row_budget=row_budget, guess_after=guess_after, coda_batch=coda_batch,
             patience=patience)  # fmt: skip
-        slots, kv_budget = whole("slots", slots, 1, 2**16), None if kv_budget is None else whole("kv_budget", kv_budget, 1)
+        slots = whole("slots", slots, 1, 2**16)
+        kv_budget = None if kv_budget is None else whole("kv_budget", kv_budget, 1)
         mode, policy = one_of("mode", mode, MODES), one_of("policy", policy, POLICIES)
         if on_pass is not None and not callable(on_pass):
             raise ValueError(f"on_pass is {shown(on_pass)}; it must be a function, or None")
