@@ -21,7 +21,7 @@ TESTS = {
     "twice_test": "cases = [(1, 2), (5, 10)]\n"
     "for x, right in cases:\n    assert twice(x) == right, f'{x}: {twice(x)}, not {right}'",
     "twice_more": "assert all(twice(x) == reference.twice(x) for x, _ in cases)\n"
-    "n = random.Random(0).randint(3, 9)\nassert twice(n) == reference.twice(n), f'{n}: wrong'",
+    "n = random.Random(0).randint(3, 9)\nassert all([twice(n) == reference.twice(n)]), f'{n}: wrong'",
     "thrice_test": "assert thrice(2) == 6",
 }
 POINTS = {"twice_test": 3, "twice_more": 2, "thrice_test": 1}
@@ -133,6 +133,11 @@ def test_a_cell_that_ends_the_process_is_named_and_the_rest_is_graded(source, sa
         ("import ctypes; ctypes.string_at(0)", "ended the process (exit status 139)"),
         ("return twice(x)", "RecursionError: maximum recursion depth exceeded"),
         ("raise type('E', (Exception,), {'__bool__': lambda s: False, '__str__': lambda s: ''})", "E"),
+        (
+            "M = type('M', (type,), {'__name__': property(lambda c: '')})\n"
+            "    raise M('E', (Exception,), {'__str__': lambda s: ''})",
+            "an exception without a name",
+        ),
         ("raise type('E', (Exception,), {'__str__': lambda s: 1 / 0})", "an exception whose text can't be read"),
     ],
 )

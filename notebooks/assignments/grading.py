@@ -216,7 +216,7 @@ class SubmissionProcess:
         if said != number or result not in ("passed", "failed"):
             raise Ended("wrote to the connection to the grader")
         self.worker = self.worker or int(worker)  # from the first answer, which comes before any student code
-        return error.strip() if result == "failed" else ""
+        return (error.strip() or "an exception without a name") if result == "failed" else ""
 
     def close(self) -> None:
         if self.worker and self.process.poll() is None:  # it may have left the process group
