@@ -176,6 +176,8 @@ class Grid:
                 f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each"
             )
 
+        if not model.injects:
+            model.check_decoding(num_steps, o.kv)
         self.model, self.options = model, o
         self.choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
         self.num_steps, self.max_new_tokens = num_steps, max_new_tokens

@@ -35,6 +35,9 @@ position, unsettled ones before it included.
 NOT guaranteed that the tokens are those of autoregressive decoding: a position may settle on a left context
 that moves later, by less than epsilon at a time.
 
+**A model without injection** (Ouro, Nanbeige: `model.injects` is False) sees a token in its first step alone, so a
+state cannot follow when a guess changes (section 3.1).  Such a position begins again, at depth 0.
+
 **Where this differs from the official code** (seal-rg/recurrent-pretraining, 59e0b69; measured on its test
 model, see tests/golden/QUIRKS.md).  Theirs compares a state with that of a neighbour on the step after every
 advance, so nothing froze on any of the 60 such steps in three runs, where the aligned comparison froze on 29;
@@ -53,6 +56,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minirec.config import flag, number, one_of, shown, whole
@@ -84,6 +88,7 @@ class Front:
     depths: list[int] = field(default_factory=lambda: [0])  # steps they have run
     ages: list[int] = field(default_factory=lambda: [0])  # how many of them on that token
     stands: list[tuple[int, int]] = field(default_factory=lambda: [(-1, 0)])  # (prediction, outer steps it has stood)
+    restarts: bool = False  # a cell whose token changes begins again, as a state that never sees e again must
 
     def settle(
         self,
@@ -105,6 +110,8 @@ class Front:
         self.stands = [(g, n + 1 if g == old else 1) for g, (old, n) in zip(guessed, self.stands, strict=True)]
         self.ages = [age if kept else 0 for age, kept in zip(ages, same, strict=True)]
         self.tokens = [self.tokens[0], *guessed]  # with the one of the position that comes next
+        if self.restarts:
+            self.depths = [depth if kept else 0 for depth, kept in zip(self.depths, same, strict=True)]
         if schedule == "fixed":
             settled = [depth >= r for depth in self.depths]
         else:
@@ -155,7 +162,7 @@ def generate(
     `minirec.decoding.Options`.  Returns a Generation, or a list of them for a batch, each row's independent of the
     others.  Raises ValueError for a bad argument, FloatingPointError for logits that are not finite.
     """
-    settings = PAPER | model.generation_config.get("diffusion_forcing", {})
+    settings = PAPER | ({} if model.injects else {"kv": "full"}) | model.generation_config.get("diffusion_forcing", {})
     r = model.config.depth(num_steps)
     max_new_tokens, headway, max_wavefront = check_counts(
         max_new_tokens=max_new_tokens, headway=headway, max_wavefront=max_wavefront
@@ -171,6 +178,9 @@ def generate(
     threshold = number("exit_threshold", threshold, least=0)
     noise, momentum = number("noise", noise, least=0, below=1), number("momentum", momentum, least=0, below=1)
     continuous_compute = flag("continuous_compute", continuous_compute)
+    if not model.injects and (noise or continuous_compute):
+        name, value = ("noise", noise) if noise else ("continuous_compute", True)
+        raise ValueError(f"{name} is {value}; this model's state starts as its token's embedding")
     kv = settings["kv"] if kv is None else kv
     max_wavefront = min(max_wavefront, max_new_tokens)
     headway = min(headway, max_wavefront)
@@ -179,7 +189,7 @@ def generate(
     change = torch.zeros_like(grid.state)  # (B, L, d): of the state, in the last outer step
     grid.prefill()  # at full depth, as in autoregressive decoding
     last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
-    fronts = [Front(g.tokens[:1]) for g in grid.generations]
+    fronts = [Front(g.tokens[:1], restarts=not model.injects) for g in grid.generations]
     if continuous_compute:
         for row, start in enumerate(grid.lengths):
             grid.state[row, start] = grid.state[row, start - 1]
@@ -212,6 +222,9 @@ def generate(
             is_open = torch.arange(at.width, device=model.device) < upload(widths, model.device)[:, None]
             s, guesses = torch.where(is_open[..., None], s, before), torch.where(is_open, guesses, grid.filler)
             at.write(eta, at.read(eta) * is_open)
+        if not model.injects:  # a cell whose token changes begins again, from a state of zeros
+            changed = F.pad(guesses[:, :-1] != at.read(grid.tokens)[:, 1:], (1, 0))  # (B, W)
+            s = s.masked_fill(changed[..., None], 0.0)
         at.write(grid.state, s)
         grid.place(at, guesses)
 

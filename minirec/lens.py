@@ -17,6 +17,8 @@ Notebook: 03_thinking_longer.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -73,13 +75,15 @@ def distance_to_end(states: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def coda_lens(model: RecurrentDepthLM, states: Tensor) -> Tensor:
+def coda_lens(model: RecurrentDepthLM, states: Tensor, tokens: Tensor | None = None) -> Tensor:
     """What the model would say at each state: (..., B, T, d) -> logits (..., B, T, V), float32 or wider.
 
-    The coda's blocks attend, so the states of all positions of a sequence are read together, step by step.  Raises
-    ValueError if states are not floating-point numbers of that shape and the model's d.
+    The coda's blocks attend, so the states of all positions of a sequence are read together, step by step.  tokens
+    (B, T) int64: needed by a model whose coda looks tokens up.  Raises ValueError if states are not floating-point
+    numbers of that shape and the model's d.
     """
-    return _by_step(model, model.coda, states)
+    at = None if tokens is None else model.whole(tokens)
+    return _by_step(model, partial(model.coda, at=at), states)
 
 
 @torch.inference_mode()

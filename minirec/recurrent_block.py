@@ -195,6 +195,7 @@ class RecurrentDepthLM(nn.Module):
     save_pretrained: Callable[..., None]
     transformer: Any  # a ModuleDict: PyTorch has no types for what its names stand for
     block_class: type[nn.Module] = SandwichBlock
+    injects: bool = True  # every step sees e, so that a state can follow its token when that changes
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()

@@ -91,8 +91,12 @@ class Slot:
     def opened(self, move: Move, left: int) -> dict:
         """After a coda, or at the start: the tokens to hand over and the next window, `left` steps from its coda."""
         skipped, first = move.start - self.start, len(self.request.generation.tokens)
-        begun = skipped + sum(depth > 0 for depth in move.depths)
-        state = (self.state or self.initial).cut(skipped, begun)
+        begun = max((i for i, depth in enumerate(move.depths, 1) if depth), default=0)
+        state = (self.state or self.initial).cut(skipped, skipped + begun)
+        if again := [i for i, depth in enumerate(move.depths[:begun]) if not depth]:  # cells that begin again
+            s = together([state]).clone()
+            s[again] = together([self.initial.cut(move.start + i, move.start + i + 1) for i in again])
+            state = Part(s, 0, begun)
         new = len(move.tokens) - move.known
         return dict(
             start=move.start, tokens=[max(token, 0) for token in move.tokens], depths=move.depths, new=new,
@@ -135,14 +139,14 @@ def _joined(left: Part, right: Part) -> Part:
     return Part(together([left, right]), 0, left.cells + right.cells)
 
 
-def read_on(slot: Slot, guessed: list[int], chunk: int, waves: bool) -> Move:
-    """Prefill: the next chunk of the prompt, or the first new token."""
+def read_on(slot: Slot, guessed: list[int], chunk: int, waves: bool, restarts: bool) -> Move:
+    """Prefill: the next chunk of the prompt, or the first new token; restarts: as of `Front`."""
     request, end = slot.request, slot.start + len(slot.tokens)
     if end < len(request.prompt):
         tokens = request.prompt[end : end + chunk]
         return Move([], end, tokens, [0] * len(tokens))
     token = guessed[-1]
-    front = Front([token]) if waves and request.threshold is not None else None
+    front = Front([token], restarts=restarts) if waves and request.threshold is not None else None
     return Move([(token, request.num_steps)], end, [token], [0], front=front)
 
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minirec.config import flag, number, one_of
+from minirec.config import flag, number, one_of, shown
 from minirec.families.llama import LlamaConfig, PreNormBlock, grouped, rope_table
 from minirec.recurrent_block import Attend, GatedMLP, RecurrentDepthLM, RMSNorm, causal, run, wide
 
@@ -94,6 +94,8 @@ class Raven(RecurrentDepthLM):
     def initial_state(self, positions: Tensor, seed: int | Tensor = 0, scale: float = 1.0) -> Tensor:
         """Truncated normal of `state_std`; zeros, which `recur` takes for e, if the state starts as e."""
         random = self.config.initial_state_mode == "random"
+        if not random and scale not in (0, 1):
+            raise ValueError(f"init_scale is {shown(scale)}; this model's state starts as its token's embedding")
         return RecurrentDepthLM.initial_state(self, positions, seed, scale if random else 0)
 
     def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:

@@ -114,7 +114,7 @@ def _load(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -
     if config.tie_embeddings and HEAD in stored:
         _check_tied(stored, LAYOUTS[type(config)].embedding)
     generation = _read_generation(folder, config)
-    model = shape_of(config)
+    model = _shape_of(config)
     formats = {n: dtype or NUMBER_FORMATS[stored[n].dtype] for n, _ in model.named_parameters()}  # without a tied head
     needed = sum(p.numel() * formats[n].itemsize for n, p in model.named_parameters())
     free = free_memory(device)
@@ -128,7 +128,7 @@ def _load(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -
                     for name in (n for n in formats if stored[n].file == file):
                         value = f.get_tensor(name).to(device=device, dtype=dtype)
                         check_finite(f"{file}: tensor {name}", value)
-                        put(model, name, value)
+                        _put(model, name, value)
                         bar.update(value.nbytes)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -178,13 +178,13 @@ def _too_large(folder: Path, needed: int, dtype: torch.dtype, device, free: int 
     return MemoryError(f"{folder}: {need}, and {device} {has}; try {half}another device")
 
 
-def shape_of(config: RecurrentConfig) -> RecurrentDepthLM:
+def _shape_of(config: RecurrentConfig) -> RecurrentDepthLM:
     """A model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return model_of(config)
 
 
-def put(model: RecurrentDepthLM, name: str, value: Tensor) -> None:
+def _put(model: RecurrentDepthLM, name: str, value: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, nn.Parameter(value))
 
@@ -206,7 +206,7 @@ def save(model: RecurrentDepthLM, folder: str | Path, *, max_shard_size: str = "
     model, parameters = plain(model)
     tensors = {name: p.detach().contiguous() for name, p in parameters.items()}
     config = dataclasses.replace(model.config, tie_embeddings=HEAD not in tensors)
-    expected = {name: p.shape for name, p in shape_of(config).named_parameters()}
+    expected = {name: p.shape for name, p in _shape_of(config).named_parameters()}
     for name in sorted(expected.keys() | tensors.keys()):
         found = tensors[name].shape if name in tensors else "missing"
         if found != expected.get(name, "not in this architecture"):
@@ -280,7 +280,7 @@ def make_random(
     1 to the number of tensors, OSError if the disk is too small; all before anything is written, and all files appear
     or none.
     """
-    folder, model = Path(folder).resolve(), shape_of(config)
+    folder, model = Path(folder).resolve(), _shape_of(config)
     layout = LAYOUTS[type(config)]
     shapes = {name: p.shape for name, p in model.named_parameters()} | {HEAD: model.lm_head.weight.shape}
     if layout.derived:
@@ -305,9 +305,9 @@ def make_random(
         torch.manual_seed((seed << 16) + list(shapes).index(name))
         random = torch.empty(shapes[name])
         for rows in random.split(max(1, 2**22 // random[0].numel())):  # in pieces: a draw takes several copies
-            put(model, name, rows)
+            _put(model, name, rows)
             model.reset_parameters()  # of all; but the others are on the meta device, where that is free
-        put(model, name, random.to("meta"))
+        _put(model, name, random.to("meta"))
         return random
 
     note = {"weights": f"random, by minirec make-checkpoint with seed {seed}: for tests and timing, not trained"}
@@ -395,7 +395,9 @@ def read_headers(folder: Path, config: RecurrentConfig) -> dict[str, Stored]:
         files = [folder / WEIGHTS]
         if not files[0].exists():
             pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-            hint = f"; {one_line(pickles[0])} is a pickle; `minirec convert` rewrites it as safetensors" if pickles else ""
+            hint = (
+                f"; {one_line(pickles[0])} is a pickle; `minirec convert` rewrites it as safetensors" if pickles else ""
+            )
             raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {INDEX}{hint}")
     stored: dict[str, Stored] = {}
     for file in files:
@@ -408,7 +410,7 @@ def read_headers(folder: Path, config: RecurrentConfig) -> dict[str, Stored]:
     for name, file in (listed or {}).items():
         if name not in stored or stored[name].file != folder / file:
             raise ValueError(f"{index} says that {one_line(name)} is in {file}, where it is not")
-    expected = {name: tuple(p.shape) for name, p in shape_of(config).named_parameters()}  # a tied head is not in it
+    expected = {name: tuple(p.shape) for name, p in _shape_of(config).named_parameters()}  # a tied head is not in it
     derived = LAYOUTS[type(config)].derived | ({HEAD} if config.tie_embeddings else set())
     named = files[0] if listed is None else index
     if missing := sorted(expected.keys() - stored.keys()):

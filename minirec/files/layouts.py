@@ -361,10 +361,8 @@ def layout_of(values: dict, tensors: Collection[str]) -> Layout:
             raise ValueError(f"model_type is {one_line(repr(kind))}: {family} is a looped family that minirec cannot "
                              f"run; it lacks {lacks}; minirec loads {SUPPORTED}")  # fmt: skip
     looped = sorted(key for key, value in values.items() if any(word in key.lower() for word in LOOPED) and value)
-    if looped:
-        raise ValueError(f"model_type is {one_line(repr(kind))}, and {one_line(looped[0])} says that it is a looped "
-                         f"model; minirec has no code for that family; minirec loads {SUPPORTED}")  # fmt: skip
-    raise ValueError(f"model_type is {one_line(repr(kind))}{holds(tensors)}; minirec loads {SUPPORTED}")
+    other = f"; by its {one_line(looped[0])} this is a looped model of a family that minirec lacks" if looped else ""
+    raise ValueError(f"model_type is {one_line(repr(kind))}{holds(tensors)}; minirec loads {SUPPORTED}{other}")
 
 
 def holds(tensors: Collection[str]) -> str:
