@@ -36,7 +36,8 @@ NOT guaranteed that the tokens are those of autoregressive decoding: a position 
 that moves later, by less than epsilon at a time.
 
 **A model without injection** (Ouro, Nanbeige: `model.injects` is False) sees a token in its first step alone, so a
-state cannot follow when a guess changes (section 3.1).  Such a position begins again, at depth 0.
+state cannot follow when a guess changes (section 3.1).  Such a position begins again, and with it all to its right,
+which have read its keys: what the lossless wavefront does, with an exit criterion.
 
 **Where this differs from the official code** (seal-rg/recurrent-pretraining, 59e0b69; measured on its test
 model, see tests/golden/QUIRKS.md).  Theirs compares a state with that of a neighbour on the step after every
@@ -54,6 +55,7 @@ Notebook: 06_diffusion_forcing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,7 @@ class Front:
     depths: list[int] = field(default_factory=lambda: [0])  # steps they have run
     ages: list[int] = field(default_factory=lambda: [0])  # how many of them on that token
     stands: list[tuple[int, int]] = field(default_factory=lambda: [(-1, 0)])  # (prediction, outer steps it has stood)
-    restarts: bool = False  # a cell whose token changes begins again, as a state that never sees e again must
+    restarts: bool = False  # a cell whose token changes begins again, with all to its right: without injection it must
 
     def settle(
         self,
@@ -106,12 +108,13 @@ class Front:
         # did the position keep its token in this step?
         same = [True, *(guess == token for guess, token in zip(guessed, self.tokens[1:], strict=False))]
         self.depths = [depth + inner for depth in self.depths]
+        if self.restarts:  # what is to the right of a changed token has read the old one's keys
+            same = list(accumulate(same, min))
+            self.depths = [depth if kept else 0 for depth, kept in zip(self.depths, same, strict=True)]
         ages = [age + inner for age in self.ages]
         self.stands = [(g, n + 1 if g == old else 1) for g, (old, n) in zip(guessed, self.stands, strict=True)]
         self.ages = [age if kept else 0 for age, kept in zip(ages, same, strict=True)]
         self.tokens = [self.tokens[0], *guessed]  # with the one of the position that comes next
-        if self.restarts:
-            self.depths = [depth if kept else 0 for depth, kept in zip(self.depths, same, strict=True)]
         if schedule == "fixed":
             settled = [depth >= r for depth in self.depths]
         else:
@@ -120,7 +123,7 @@ class Front:
             elif schedule == "token-stability":
                 calm = [n >= r // inner for _, n in self.stands]
             settled = [c or age >= r for c, age in zip(calm, ages, strict=True)]
-            if freeze == "prefix":
+            if freeze == "prefix" or self.restarts:
                 settled = [yes and kept for yes, kept in zip(settled, same, strict=True)]
         return leading(settled, freeze)
 
@@ -222,8 +225,8 @@ def generate(
             is_open = torch.arange(at.width, device=model.device) < upload(widths, model.device)[:, None]
             s, guesses = torch.where(is_open[..., None], s, before), torch.where(is_open, guesses, grid.filler)
             at.write(eta, at.read(eta) * is_open)
-        if not model.injects:  # a cell whose token changes begins again, from a state of zeros
-            changed = F.pad(guesses[:, :-1] != at.read(grid.tokens)[:, 1:], (1, 0))  # (B, W)
+        if not model.injects:  # a cell whose token changes begins again, and all to its right: from zeros
+            changed = F.pad(guesses[:, :-1] != at.read(grid.tokens)[:, 1:], (1, 0)).cumsum(1) > 0  # (B, W)
             s = s.masked_fill(changed[..., None], 0.0)
         at.write(grid.state, s)
         grid.place(at, guesses)

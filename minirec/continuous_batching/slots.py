@@ -5,7 +5,6 @@ Everything here is a function of a slot that returns what would change.  `Slot.b
 
 from __future__ import annotations
 
-from collections import deque
 from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -73,38 +72,36 @@ class Slot:
     left: int = 0  # steps until the coda
     stage: Stage = Stage.PRELUDE
     sat_out: int = 0  # consecutive passes without this slot
-    state: Part | None = None  # of the cells that have begun
-    embedding: Part | None = None  # of the cells that have passed the prelude
-    before: Part | None = None  # their states at the start of this round of steps
-    drawn: deque[tuple[int, int, int]] = field(default_factory=deque)  # (number, token, depth), final, not handed over
-    unheard: deque[int] = field(default_factory=deque)  # those of them that on_token has yet to be called with
+    # None only until the first window is opened
+    state: Part = None  # type: ignore[assignment]  # of the cells that have begun
+    embedding: Part = None  # type: ignore[assignment]  # of the cells that have passed the prelude
+    before: Part = None  # type: ignore[assignment]  # their states at the start of this round of steps
+    drawn: list[tuple[int, int, int]] = field(default_factory=list)  # (number, token, depth), final, not handed over
+    unheard: list[int] = field(default_factory=list)  # those of them that on_token has yet to be called with
     stopped: bool = False  # on_token has returned False
     error: Exception | None = None  # that the request fails with
     passes: int = 0
     row_steps: int = 0
     decodes: int = 0
 
-    def become(self, **changes) -> None:
-        """Change several fields in one indivisible update: an interrupt finds all of them changed, or none."""
+    def become(self, changes: dict) -> None:
+        """Change fields in one indivisible update: an interrupt finds all of them changed, or none."""
         vars(self).update(changes)
 
     def opened(self, move: Move, left: int) -> dict:
         """After a coda, or at the start: the tokens to hand over and the next window, `left` steps from its coda."""
-        skipped, first = move.start - self.start, len(self.request.generation.tokens)
-        begun = max((i for i, depth in enumerate(move.depths, 1) if depth), default=0)
-        state = (self.state or self.initial).cut(skipped, skipped + begun)
-        if again := [i for i, depth in enumerate(move.depths[:begun]) if not depth]:  # cells that begin again
-            s = together([state]).clone()
-            s[again] = together([self.initial.cut(move.start + i, move.start + i + 1) for i in again])
-            state = Part(s, 0, begun)
+        skipped, first, request = move.start - self.start, len(self.request.generation.tokens), self.request
+        state = (self.state or self.initial).cut(skipped, skipped + len(move.depths) - move.depths.count(0))
         new = len(move.tokens) - move.known
-        return dict(
-            start=move.start, tokens=[max(token, 0) for token in move.tokens], depths=move.depths, new=new,
-            front=move.front, left=left, stage=Stage.PRELUDE if new else Stage.RECUR, state=state, before=state,
-            embedding=(self.embedding or self.initial).cut(skipped, skipped + move.known),
-            drawn=deque((first + i, token, depth) for i, (token, depth) in enumerate(move.final)),
-            unheard=deque(token for token, _ in move.final if self.request.on_token is not None),
-        )  # fmt: skip
+        return {
+            "start": move.start, "tokens": [max(token, 0) for token in move.tokens], "depths": move.depths, "new": new,
+            "front": move.front, "left": left, "stage": Stage.PRELUDE if new else Stage.RECUR,
+            "state": state, "before": state,
+            "embedding": (self.embedding or self.initial).cut(skipped, skipped + move.known),
+            "drawn": [(first + i, token, depth) for i, (token, depth) in enumerate(move.final)],
+            "unheard": [] if request.on_token is None else [token for token, _ in move.final],
+            "decodes": self.decodes + (self.state is not None),
+        }  # fmt: skip
 
     def embedded(self, e: Part) -> dict:
         """After the prelude, which gave its new cells the embeddings e."""
@@ -114,15 +111,15 @@ class Slot:
             s = _joined(self.state, s)
         if self.embedding.cells:
             e = _joined(self.embedding, e)
-        return dict(embedding=e, state=s, before=s, new=0, stage=Stage.RECUR)
+        return {"embedding": e, "state": s, "before": s, "new": 0, "stage": Stage.RECUR}
 
     def looped(self, state: Part, embedding: Part, settled: bool) -> dict:
         """After a recurrence step; settled: the exit criterion has been met."""
-        return dict(
-            state=state, embedding=embedding, depths=[depth + 1 for depth in self.depths], left=self.left - 1,
-            stage=Stage.CODA if self.left == 1 or settled else Stage.RECUR,
-            passes=self.passes + 1, row_steps=self.row_steps + len(self.tokens),
-        )  # fmt: skip
+        return {
+            "state": state, "embedding": embedding, "depths": [depth + 1 for depth in self.depths],
+            "left": self.left - 1, "stage": Stage.CODA if self.left == 1 or settled else Stage.RECUR,
+            "passes": self.passes + 1, "row_steps": self.row_steps + len(self.tokens),
+        }  # fmt: skip
 
     def report(self) -> None:
         """Bring the counts of the request's generation up to date."""
@@ -167,6 +164,7 @@ def advance_wave(slot: Slot, guessed: list[int], guess_after: int, widest: int) 
 
 def advance_front(slot: Slot, guessed: list[int], calm: list[bool], guess_after: int, widest: int, filler: int) -> Move:
     """An outer step of diffusion forcing is over; calm: the cells that moved by less than the threshold."""
+    assert slot.front is not None
     front, r = copy(slot.front), slot.request.num_steps
     n = front.settle(guessed, calm, min(guess_after, r), r)
     final = list(zip(guessed[:n], front.depths, strict=False))
