@@ -60,9 +60,13 @@ class Replay(Engine):
 
     depths: list[list[int]]
 
-    def _steps(self, slot: Slot, move: Move) -> int:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._steps, self._passes.steps = self._passes.steps, self._replayed
+
+    def _replayed(self, slot: Slot, move: Move) -> int:
         depths, number = self.depths[slot.request.id], len(slot.request.generation.tokens) + len(move.final)
-        return depths[number] if 0 < number < len(depths) else super()._steps(slot, move)
+        return depths[number] if 0 < number < len(depths) else self._steps(slot, move)
 
 
 class Run:

@@ -1,10 +1,15 @@
 """The batching engine: every request gets what it gets alone, nothing is lost, and nobody waits for ever."""
 
+import copy
 import gc
 import itertools
 import random
+import signal
+import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront, tasks
-from minirec.continuous_batching import MODES, Engine, Stage, State
+from minirec.continuous_batching import MODES, Engine, Request, Stage, State
+from minirec.token_choice import TokenChoice
 
 MODE = pytest.mark.parametrize("mode", MODES)
 CHOICES = ({}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 4}, {"repetition_penalty": 1.4})
@@ -43,37 +49,54 @@ ENGINES = st.fixed_dictionaries(
         "patience": st.sampled_from([1, 5]),
         "init_scale": st.sampled_from([0.0, 1.0]),
         "kv_budget": st.sampled_from([None, 30 * 6 * 2 * 16 * 8]),  # 30 tokens: 6 layer calls, k and v, width, float64
+        "cache": st.sampled_from([{}, *({"kv": "shared", "kv_slots": n} for n in (1, 2, 3, 4))]),
     }
 )
 
 
-def alone(model, request: dict, seed: int, mode: str = "depth", **engine):
-    """What a request gives without an engine."""
-    sampler, rule = autoregressive, {"init_scale": engine.get("init_scale", 1.0)}
-    if request["threshold"] is not None and mode != "wavefront":
+def alone(model, request: dict, seed: int, mode: str = "depth", cache: dict = {}, **engine):  # noqa: B006
+    """What a request gives without an engine.
+
+    With shared slots the result depends on how a prompt is cut, and a sampler takes at most as many slots as it has
+    steps.  Where no sampler does what the engine does, this is an engine with nothing else in it.
+    """
+    steps, slots = request["num_steps"] or model.config.mean_recurrence, cache.get("kv_slots", 1)
+    front = mode == "wavefront" and request["threshold"] is not None
+    widest = max(1, engine.get("row_budget", 64) // engine.get("slots", 8))
+    if cache and (slots > steps or (slots < steps and len(request["prompt"]) > engine.get("chunk", 32))):
+        own = {"slots": 1, "row_budget": widest if front else engine.get("row_budget", 64)}
+        lonely = Engine(model, max_length=24, mode=mode, **(engine | own | cache))
+        id = submit(lonely, request, seed)
+        return lonely.run()[id]
+    sampler, rule = autoregressive, {"init_scale": engine.get("init_scale", 1.0)} | cache
+    guess_after = min(engine.get("guess_after", 1), steps)
+    if request["threshold"] is not None and not front:
         sampler, rule = adaptive_exit, rule | {"threshold": request["threshold"]}
-    elif request["threshold"] is not None:
-        inner = min(engine.get("guess_after", 1), request["num_steps"] or model.config.mean_recurrence)
-        widest = max(1, engine.get("row_budget", 64) // engine.get("slots", 8))
-        waves = {"exit_threshold": request["threshold"], "inner_steps": inner, "max_wavefront": widest}
-        sampler, rule = diffusion_forcing, rule | waves | {"momentum": 0.0, "kv": "full"}
+    elif front:
+        waves = {"exit_threshold": request["threshold"], "inner_steps": guess_after, "max_wavefront": widest}
+        sampler, rule = diffusion_forcing, {"kv": "full"} | rule | waves | {"momentum": 0.0}
+    elif mode == "wavefront" and cache and slots < steps:  # tokens of its own: a position reads what no column would
+        sampler, rule = lossless_wavefront, rule | {"guess_after": guess_after}
     return sampler.generate(
         model, request["prompt"], request["max_new_tokens"], num_steps=request["num_steps"], seed=seed,
         stop_tokens=request["stop"], **rule, **request["choice"],
     )  # fmt: skip
 
 
-def serve(model, mode: str, requests: list[dict], **options) -> tuple[Engine, dict, list]:
+def submit(engine: Engine, request: dict, seed: int, **more) -> int:
+    return engine.submit(
+        request["prompt"], request["max_new_tokens"], num_steps=request["num_steps"], threshold=request["threshold"],
+        seed=seed, stop_tokens=request["stop"], **request["choice"], **more,
+    )  # fmt: skip
+
+
+def serve(model, mode: str, requests: list[dict], cache: dict = {}, **options) -> tuple[Engine, dict, list]:  # noqa: B006
     """Drive an engine through arrivals and cancellations; returns it, the number of each id, and all events."""
-    engine, ids, events = Engine(model, max_length=24, mode=mode, **options), {}, []
+    engine, ids, events = Engine(model, max_length=24, mode=mode, **options, **cache), {}, []
     for now in itertools.count():
         for number, request in enumerate(requests):
             if request["arrives"] == now:
-                id = engine.submit(
-                    request["prompt"], request["max_new_tokens"], num_steps=request["num_steps"],
-                    threshold=request["threshold"], seed=number, stop_tokens=request["stop"], **request["choice"],
-                )  # fmt: skip
-                ids[id] = number
+                ids[submit(engine, request, number)] = number
             if request["cancelled"] is not None and now == request["arrives"] + request["cancelled"]:
                 engine.cancel(next(id for id, n in ids.items() if n == number))
         busy = engine.step()
@@ -83,6 +106,8 @@ def serve(model, mode: str, requests: list[dict], **options) -> tuple[Engine, di
 
 
 def check_serves(model, mode, requests, **options) -> None:
+    if mode == "wavefront" and options.get("cache"):  # the width of a lossless wave then decides about its tokens
+        options["row_budget"] = 64
     engine, ids, events = serve(model, mode, requests, **options)
     assert not engine.busy and not engine.scheduler.waiting
     assert sorted(engine.free) == list(range(len(engine.free))), "every slot has come back"
@@ -119,14 +144,17 @@ def test_every_request_gets_what_it_gets_alone_500_times(small_model, mode, seed
 @pytest.mark.parametrize("guess_after", [1, 2])
 @pytest.mark.parametrize("row_budget", [6, 64])
 def test_a_wave_with_a_threshold_is_diffusion_forcing(small_model, guess_after, row_budget, num_steps):
-    """Guesses that change while a position is deep, windows of many widths, requests that are cancelled."""
+    """Guesses that change while a position is deep, windows of many widths, cancelled requests, shared slots."""
     for seed in range(3):
         model = small_model(seed, mean_recurrence=6)
         requests = [
             r | {"threshold": (0.02, 0.2, 0.6)[i % 3], "num_steps": num_steps, "cancelled": 40 if i == 4 else None}
             for i, r in enumerate(plain(8, new=12))
         ]
-        check_serves(model, "wavefront", requests, slots=3, guess_after=guess_after, row_budget=row_budget)
+        for cache in ({}, {"kv": "shared", "kv_slots": 1 + seed}):
+            check_serves(
+                model, "wavefront", requests, slots=3, guess_after=guess_after, row_budget=row_budget, cache=cache
+            )
 
 
 @MODE
@@ -146,16 +174,16 @@ def test_every_request_gets_what_it_gets_alone_from_the_shipped_model(mode):
         assert (got[id].tokens, got[id].depth) == (right.tokens, right.depth)
 
 
-@pytest.mark.parametrize("kv", [{"kv": "shared"}, {"kv": "shared", "kv_slots": 3}])
-@pytest.mark.parametrize("mode", ["sequence", "depth"])
-def test_shared_slots_too_give_what_a_request_gets_alone(small_model, mode, kv):
-    model, requests = small_model(1), plain(7)
-    engine = Engine(model, slots=3, max_length=24, mode=mode, chunk=32, **kv)
-    ids = [engine.submit(r["prompt"], r["max_new_tokens"], threshold=0.3, stop_tokens=()) for r in requests]
-    got = engine.run()
-    for id, r in zip(ids, requests, strict=True):
-        right = adaptive_exit.generate(model, r["prompt"], r["max_new_tokens"], threshold=0.3, stop_tokens=(), **kv)
-        assert (got[id].tokens, got[id].depth) == (right.tokens, right.depth)
+@MODE
+def test_shared_slots_give_what_a_request_gets_alone_whenever_it_arrives(small_model, mode):
+    """Cells of several depths in one pass, each with slots of its own."""
+    for seed in range(3):
+        rng = random.Random(seed)
+        requests = [
+            r | {"arrives": rng.randint(0, 30), "threshold": rng.choice([None, None, 0.3])} for r in plain(8, new=8)
+        ]
+        cache = {"kv": "shared", "kv_slots": 2 + seed % 3}
+        check_serves(small_model(seed), mode, requests, slots=3, coda_batch=1, cache=cache)
 
 
 def plain(n: int, new: int = 6) -> list[dict]:
@@ -246,6 +274,293 @@ def test_a_request_that_fails_fails_alone(small_model):
     assert engine.requests[bad].state is State.FAILED and str(engine.requests[bad].error) == "the caller's own"
     assert engine.requests[told].state is State.FINISHED and len(got[told].tokens) == 1
     assert len(got[good].tokens) == 5 and sorted(engine.free) == [0, 1]
+
+
+class Cut(BaseException):
+    """An interrupt."""
+
+
+@contextmanager
+def interrupted(when: Callable[[str, int], bool]):
+    """Raise Cut before the first line of the package that `when` says, of its file and number."""
+
+    def in_function(frame, event, arg):
+        if event == "line" and when(frame.f_code.co_filename, frame.f_lineno):
+            sys.settrace(before)
+            raise Cut(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return in_function
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, arg: in_function if "/minirec/" in frame.f_code.co_filename else None)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def after(lines: int) -> Callable[[str, int], bool]:
+    left = itertools.count(lines, -1)
+    return lambda *_: next(left) <= 0
+
+
+@contextmanager
+def timed(seconds: float):
+    """Raise Cut after so many seconds, between any two instructions."""
+
+    def cut(*_):
+        raise Cut
+
+    before = signal.signal(signal.SIGALRM, cut)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def mixed(rng: random.Random, n: int) -> list[dict]:
+    """Requests of all kinds, as `submit` takes them."""
+    return [
+        {
+            "prompt": [rng.randrange(23) for _ in range(rng.randint(1, 6))], "max_new_tokens": rng.randint(1, 5),
+            "num_steps": rng.choice([None, 2]), "threshold": rng.choice([None, 0.3]),
+            "choice": rng.choice(CHOICES), "stop": rng.choice([(), (5, 1)]),
+        } for _ in range(n)
+    ]  # fmt: skip
+
+
+def check_interrupts(model, mode: str, seed: int, cuts: Iterator, exact: bool = True) -> None:
+    """Cut an engine on its way by each of `cuts`; all is as if nothing had happened."""
+    rng = random.Random(seed)
+    requests = mixed(rng, 6)
+    options = {"slots": 2, "max_length": 24, "mode": mode, "chunk": 3, "coda_batch": rng.choice([1, 2])}
+    options |= {"policy": rng.choice(["fcfs", "prefill_first"])}
+    if rng.random() < 0.5 and mode != "wavefront":  # where the company does not change a width
+        options |= {"kv": "shared", "kv_slots": rng.randint(1, 4)}
+    calm = Engine(model, **options)
+    right = [submit(calm, request, i) for i, request in enumerate(requests)]
+    calm.run()
+    engine, heard, events = Engine(model, **options), [[] for _ in requests], []
+    ids = [submit(engine, request, i, on_token=heard[i].append) for i, request in enumerate(requests[:5])]
+    for number, cut in enumerate(cuts):
+        if number == 2:
+            ids.append(submit(engine, requests[5], 5, on_token=heard[5].append))
+        try:
+            with cut:
+                if rng.random() < 0.5:
+                    for event in engine.stream():
+                        events.append(event)
+                while engine.step():
+                    events += engine.events()
+        except Cut:
+            pass
+    events += engine.stream()
+    assert not engine.busy and not engine.scheduler.waiting and sorted(engine.free) == [0, 1]
+    for id, expected, told in zip(ids, right, heard, strict=True):
+        got, alone = engine.requests[id], calm.requests[expected]
+        assert (got.state, got.error, got.generation) == (alone.state, None, alone.generation)
+        own = [event for event in events if event.request == id]
+        if exact:
+            assert told == got.generation.tokens == [event.token for event in own]
+            assert [event.finished for event in own] == [False] * (len(own) - 1) + [True]
+
+
+@MODE
+@pytest.mark.parametrize("visit", [1, 4])
+def test_an_interrupt_at_any_line_costs_nothing(small_model, mode, visit):
+    """Cut at every line of the package that the engine runs, when it comes there for the first or the fourth time."""
+    lines, cut = Counter(), 0
+
+    def now(*line) -> bool:
+        nonlocal cut
+        lines[line] += 1
+        cut += lines[line] == visit
+        return lines[line] == visit
+
+    for seed in range(3):
+        check_interrupts(small_model(0), mode, seed, (interrupted(now) for _ in range(400)))
+    assert cut > 200
+
+
+def test_an_interrupt_of_submit_or_cancel_leaves_nothing_half_done(small_model):
+    """A request that was cut on its way in is there and runs, or is not there at all."""
+    engine, accepted = Engine(small_model(0), slots=2, max_length=24), 0
+    for lines in range(150):
+        try:
+            with interrupted(after(lines)):
+                accepted += engine.submit([1, 2], 2, stop_tokens=()) >= 0
+        except Cut:
+            pass
+        assert set(engine.requests) == set(engine.scheduler.waiting)
+    assert 0 < accepted <= len(engine.requests) < 150
+    for lines, id in enumerate(list(engine.requests)[::3]):
+        try:
+            with interrupted(after(lines % 8)):
+                engine.cancel(id)
+        except Cut:
+            pass
+    engine.run()
+    states = Counter(request.state for request in engine.requests.values())
+    assert set(states) == {State.FINISHED, State.CANCELLED} and not engine.busy and not engine.scheduler.waiting
+
+
+@pytest.mark.slow
+@MODE
+def test_500_episodes_of_interrupts(small_model, mode):
+    for seed in range(500):
+        rng, timer = random.Random(seed), seed % 4 == 0
+        # between any two instructions the list of events may lose what it was to be given: only results are certain
+        cuts = (timed(rng.uniform(0, 0.03)) if timer else interrupted(after(rng.randint(0, 3000))) for _ in range(4))
+        check_interrupts(small_model(seed % 3), mode, 1000 + seed, cuts, exact=not timer)
+
+
+@MODE
+@pytest.mark.parametrize("callback", ["on_pass", "clock"])
+def test_an_exception_out_of_a_callback_of_the_engine_loses_nothing(small_model, mode, callback):
+    rng = random.Random(3)
+    requests = mixed(rng, 6)
+
+    def run(moody: bool) -> list[Request]:
+        calls = itertools.count(1)
+
+        def call(*_) -> int:
+            n = next(calls)
+            if moody and n > 6 and n % 3 == 0:
+                raise OSError("not now")
+            return n
+
+        engine = Engine(small_model(0), slots=2, max_length=24, mode=mode, **{callback: call})
+        ids = [submit(engine, request, i) for i, request in enumerate(requests)]
+        failures = 0
+        while True:
+            try:
+                engine.run()
+            except OSError:
+                failures += 1
+            else:
+                assert moody == (failures > 5)
+                return [engine.requests[id] for id in ids]
+
+    for got, right in zip(run(True), run(False), strict=True):
+        assert (got.state, got.generation) == (State.FINISHED, right.generation)
+
+
+@MODE
+def test_an_interrupt_out_of_on_token_loses_nothing_and_repeats_nothing(small_model, mode):
+    engine, heard = Engine(small_model(0), slots=2, max_length=24, mode=mode), []
+
+    def interrupt(token):
+        heard.append(token)
+        raise KeyboardInterrupt
+
+    ids = [engine.submit([1, 2], 6, stop_tokens=(), on_token=interrupt), engine.submit([3], 6, stop_tokens=())]
+    for _ in range(6):
+        with pytest.raises(KeyboardInterrupt):
+            engine.run()
+    got = engine.run()
+    for id, prompt in zip(ids, ([1, 2], [3]), strict=True):
+        assert got[id].tokens == autoregressive.generate(small_model(0), prompt, 6, stop_tokens=()).tokens
+    assert heard == got[ids[0]].tokens
+
+
+def test_callbacks_may_submit_and_cancel_and_nothing_else(small_model):
+    engine, refused, later = Engine(small_model(0), slots=2, max_length=24), [], []
+
+    def call(token):
+        for forbidden in (engine.step, engine.run, lambda: next(engine.stream())):
+            with pytest.raises(RuntimeError, match="within a step"):
+                forbidden()
+            refused.append(forbidden)
+        engine.events()
+        if not later:
+            later.append(engine.submit([4], 2, stop_tokens=()))
+            engine.cancel(victim)
+
+    first = engine.submit([1, 2], 5, stop_tokens=(), on_token=call)
+    victim = engine.submit([3], 10, stop_tokens=())
+    engine.on_pass = lambda _: call(None)
+    engine.run()
+    assert engine.requests[first].state is engine.requests[later[0]].state is State.FINISHED
+    assert engine.requests[first].error is None and len(refused) > 15
+    assert engine.requests[victim].state is State.CANCELLED
+
+
+def test_cancelling_takes_constant_time(small_model):
+    """Calls of any kind, C's included, to cancel half of n waiting requests: for 8 times n, 8 times as many."""
+
+    def calls(n: int) -> int:
+        engine, made = Engine(small_model(0), slots=2, max_length=24), 0
+        ids = [engine.submit([1], 1) for _ in range(n)]
+
+        def count(*_):
+            nonlocal made
+            made += 1
+
+        sys.setprofile(count)
+        try:
+            for id in ids[::-2]:
+                engine.cancel(id)
+            engine.step()
+        finally:
+            sys.setprofile(None)
+        assert sum(engine.requests[id].state is State.CANCELLED for id in ids) == n // 2
+        return made
+
+    assert calls(3200) < 10 * calls(400)
+
+
+@MODE
+def test_logits_that_are_not_finite_fail_their_request_alone(small_model, mode):
+    """Also what sits in the same row later is not touched by what was left there."""
+    model = copy.deepcopy(small_model(0, tie_embeddings=False))
+    model.transformer.wte.weight[22] = float("nan")
+    model.lm_head.weight[22] = model.lm_head.weight[21]  # the smaller of two equal tokens wins: nobody else meets it
+    engine = Engine(model, slots=2, max_length=24, mode=mode, chunk=2)
+    prompts = [[1, 2, 3], [4, 22, 5, 6, 7, 8, 9], [2], [22], [3, 3], [7, 8, 9]]
+    ids = [engine.submit(prompt, 6, stop_tokens=()) for prompt in prompts]
+    got = engine.run()
+    for id, prompt in zip(ids, prompts, strict=True):
+        if 22 in prompt:
+            assert engine.requests[id].state is State.FAILED and got[id].tokens == []
+            with pytest.raises(FloatingPointError, match=f"logits are not finite at position {len(prompt) - 1}"):
+                raise engine.requests[id].error
+        else:
+            assert got[id].tokens == autoregressive.generate(model, prompt, 6, stop_tokens=()).tokens
+
+
+@MODE
+def test_a_choice_that_fails_in_a_pass_fails_alone(small_model, mode, monkeypatch):
+    choose = TokenChoice.choose
+
+    def broken(self, logits, *rest):
+        if self.temperature == 0.75 and logits.shape[-1] > 2:
+            raise RuntimeError("this choice does not work")
+        return choose(self, logits, *rest)
+
+    monkeypatch.setattr(TokenChoice, "choose", broken)
+    for order in ([0.75, 0.0, 0.5], [0.0, 0.75, 0.5], [0.75, 0.75, 0.75]):
+        engine = Engine(small_model(0), slots=3, max_length=24, mode=mode)
+        ids = [engine.submit([1, 2], 4, stop_tokens=(), temperature=t, seed=i) for i, t in enumerate(order)]
+        got, events = engine.run(), engine.events()
+        assert events == [] and sorted(engine.free) == [0, 1, 2]
+        for i, (id, t) in enumerate(zip(ids, order, strict=True)):
+            if t == 0.75:
+                assert (
+                    engine.requests[id].state is State.FAILED
+                    and str(engine.requests[id].error) == "this choice does not work"
+                )
+            else:
+                right = autoregressive.generate(small_model(0), [1, 2], 4, stop_tokens=(), temperature=t, seed=i)
+                assert got[id].tokens == right.tokens
+
+
+def test_a_choice_that_cannot_work_is_refused_when_it_is_submitted(small_model, monkeypatch):
+    engine = Engine(small_model(0), slots=2, max_length=24)
+    monkeypatch.setattr(TokenChoice, "choose", lambda self, *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"temperature=0.5.* cannot choose a token: division by zero"):
+        engine.submit([1, 2], 4, temperature=0.5)
+    assert not engine.requests and not engine.scheduler.waiting
 
 
 def test_submit_and_cancel_from_another_thread(small_model):
@@ -351,7 +666,7 @@ def test_a_bad_engine_is_refused(small_model, wrong, named):
             r"a prompt of 2 tokens and max_new_tokens 20 need 33,792 bytes .* kv_budget is 30,000",
         ),
         ({"num_steps": 5}, "num_steps is 5; this engine's cache is 4 steps deep"),
-        ({"threshold": -1.0}, "threshold is -1.0; it must be 0 or above, or None"),
+        ({"threshold": -1.0}, "threshold is -1.0; it must be a number, at least 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"seed": None}, "seed is None; it must be a whole number"),
         ({"seed": [1]}, r"seed is \[1\]; it must be a whole number"),

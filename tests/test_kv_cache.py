@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minirec import RecurrentConfig, kv_cache
 from minirec.decoding import Grid
-from minirec.kv_cache import KVCache, bytes_per_token
+from minirec.kv_cache import Diagonal, KVCache, bytes_per_token
 
 CONFIG = RecurrentConfig(n_embd=12, n_heads=2, intermediate_size=8, vocab_size=9, n_layers_in_recurrent_block=3)
 
@@ -162,3 +162,37 @@ def test_cells_read_as_views_are_the_cells_that_are_gathered(small_model, seed, 
         results.append((s, logits, *(part.clone() for part in grid.cache.parts.values())))
     for read in results[:-1]:
         torch.testing.assert_close(read, results[-1])
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.sampled_from(["full", "shared"]), st.integers(1, 5))
+def test_every_cell_of_a_diagonal_gets_the_slot_of_its_depth(depths, kv, kv_slots):
+    cache = KVCache(CONFIG, 1, 12, num_steps=5, kv=kv, **({"kv_slots": kv_slots} if kv == "shared" else {}))
+    own = [cache.slot(depth) for depth in depths]
+    slots = cache.slot(Diagonal.of(depths))
+    if cache.slots == 1:
+        assert slots == 0 and own == [0] * len(depths)
+    else:
+        assert list(slots.cells) == own
+        told = {first + i: depth - i * fall for first, n, depth, fall in slots.runs for i in range(n)}
+        assert told == dict(enumerate(own)), "the runs say the same, and name every cell once"
+
+
+def test_slots_in_another_shape_than_the_cells_are_refused(small_model):
+    """(1, N) would broadcast against (N, 1) and give every cell the first one's slot."""
+    model = small_model(0)
+    grid = Grid(model, [[1, 2], [3, 4]], max_new_tokens=3, num_steps=4, kv="shared", kv_slots=3)
+    cells, window = grid.cells([0, 1], [1, 1]), grid.window([1, 1], 1)
+    for at in (cells, window):
+        e, s = grid.embed(at), at.read(grid.state)
+        assert grid.recur(s, e, at, torch.tensor([[2], [1]])).shape == s.shape
+        with pytest.raises(ValueError, match=r"slots have shape \(1, 2\); the cells have \(2, 1\)"):
+            grid.recur(s, e, at, torch.tensor([[2, 1]]))
+
+
+def test_a_cleared_row_holds_nothing():
+    cache = KVCache(CONFIG, batch=2, length=3, num_steps=2)
+    for part in cache.parts.values():
+        part.fill_(float("nan"))
+    cache.clear(1)
+    for part in cache.parts.values():
+        assert part[:, :, :, 0].isnan().all() and (part[:, :, :, 1] == 0).all()

@@ -30,7 +30,9 @@ bytes limits how many are promised at once.
     requests.py    what goes in and comes out: Request, Event, Pass
     slots.py       a request at work: its window of cells, and where it goes after a coda (prompt, token, wave, front)
     scheduler.py   who is admitted, and who is in the next pass
-    engine.py      the loop around the model
+    passes.py      the pass itself: prelude, recurrent block, coda
+    outbox.py      who gets a token that is final
+    engine.py      the loop
 
 Notebook: 09_continuous_batching.
 """

@@ -18,6 +18,31 @@ from minirec.diffusion_forcing import Front
 from minirec.lossless_wavefront import next_wave
 
 
+class Part(NamedTuple):
+    """Some neighbouring cells of a tensor (N, 1, d) that a pass has computed for many slots, without a copy."""
+
+    whole: Tensor
+    first: int
+    cells: int
+
+    def cut(self, first: int, end: int) -> Part:
+        """The cells from `first` to before `end`, counted within this part."""
+        return Part(self.whole, self.first + first, end - first)
+
+
+def together(parts: list[Part]) -> Tensor:
+    """All cells of some parts, left to right; if that is a whole tensor, as in pass after pass of a loop, no copy."""
+    whole, end = parts[0].whole, 0
+    for part in parts:
+        if part.whole is not whole or part.first != end:
+            break
+        end += part.cells
+    else:
+        if end == len(whole):
+            return whole
+    return torch.cat([whole.narrow(0, first, cells) for whole, first, cells in parts])
+
+
 class Move(NamedTuple):
     """What follows a coda: the tokens that are now final, and the next window.
 
@@ -39,7 +64,7 @@ class Slot:
 
     row: int
     request: Request
-    initial: Tensor  # (T, 1, d): the initial state of every position of the request
+    initial: Part  # the initial state of every position of the request
     start: int = 0  # first position of the window
     tokens: list[int] = field(default_factory=list)  # that its positions run on
     depths: list[int] = field(default_factory=list)  # steps they have run
@@ -48,9 +73,9 @@ class Slot:
     left: int = 0  # steps until the coda
     stage: Stage = Stage.PRELUDE
     sat_out: int = 0  # consecutive passes without this slot
-    state: Tensor | None = None  # (n, 1, d), of the cells that have begun
-    embedding: Tensor | None = None  # (n, 1, d), of the cells that have passed the prelude
-    before: Tensor | None = None  # (n, 1, d): their states at the start of this round of steps
+    state: Part | None = None  # of the cells that have begun
+    embedding: Part | None = None  # of the cells that have passed the prelude
+    before: Part | None = None  # their states at the start of this round of steps
     drawn: deque[tuple[int, int, int]] = field(default_factory=deque)  # (number, token, depth), final, not handed over
     unheard: deque[int] = field(default_factory=deque)  # those of them that on_token has yet to be called with
     stopped: bool = False  # on_token has returned False
@@ -67,28 +92,30 @@ class Slot:
         """After a coda, or at the start: the tokens to hand over and the next window, `left` steps from its coda."""
         skipped, first = move.start - self.start, len(self.request.generation.tokens)
         begun = skipped + sum(depth > 0 for depth in move.depths)
-        state = self.initial[:0] if self.state is None else self.state[skipped:begun]
+        state = (self.state or self.initial).cut(skipped, begun)
         new = len(move.tokens) - move.known
         return dict(
             start=move.start, tokens=[max(token, 0) for token in move.tokens], depths=move.depths, new=new,
             front=move.front, left=left, stage=Stage.PRELUDE if new else Stage.RECUR, state=state, before=state,
-            embedding=state if self.embedding is None else self.embedding[skipped : skipped + move.known],
+            embedding=(self.embedding or self.initial).cut(skipped, skipped + move.known),
             drawn=deque((first + i, token, depth) for i, (token, depth) in enumerate(move.final)),
             unheard=deque(token for token, _ in move.final if self.request.on_token is not None),
         )  # fmt: skip
 
-    def embedded(self, e: Tensor) -> dict:
-        """After the prelude, which gave its new cells the embeddings e (new, 1, d)."""
-        begun = len(self.state)
-        s = self.initial[self.start + begun : self.start + len(self.tokens)]
-        s = torch.cat([self.state, s]) if begun else s
-        e = torch.cat([self.embedding, e]) if len(self.embedding) else e
+    def embedded(self, e: Part) -> dict:
+        """After the prelude, which gave its new cells the embeddings e."""
+        begun = self.state.cells
+        s = self.initial.cut(self.start + begun, self.start + len(self.tokens))
+        if begun:
+            s = _joined(self.state, s)
+        if self.embedding.cells:
+            e = _joined(self.embedding, e)
         return dict(embedding=e, state=s, before=s, new=0, stage=Stage.RECUR)
 
-    def looped(self, state: Tensor, settled: bool) -> dict:
-        """After a recurrence step to `state` (n, 1, d); settled: the exit criterion has been met."""
+    def looped(self, state: Part, embedding: Part, settled: bool) -> dict:
+        """After a recurrence step; settled: the exit criterion has been met."""
         return dict(
-            state=state, depths=[depth + 1 for depth in self.depths], left=self.left - 1,
+            state=state, embedding=embedding, depths=[depth + 1 for depth in self.depths], left=self.left - 1,
             stage=Stage.CODA if self.left == 1 or settled else Stage.RECUR,
             passes=self.passes + 1, row_steps=self.row_steps + len(self.tokens),
         )  # fmt: skip
@@ -102,6 +129,10 @@ class Slot:
     def last(self) -> int:
         """The last position that a token is predicted from."""
         return len(self.request.prompt) + self.request.max_new_tokens - 2
+
+
+def _joined(left: Part, right: Part) -> Part:
+    return Part(together([left, right]), 0, left.cells + right.cells)
 
 
 def read_on(slot: Slot, guessed: list[int], chunk: int, waves: bool) -> Move:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
     enough = _smallest_depth(model, r, args.seed + 1)
     columns[f"plain, r = {enough}"] = ("autoregressive", {"num_steps": enough})
-    runs = {title: [] for title in columns}  # (generation, seconds) of every problem
+    runs: dict[str, list[tuple[Generation, float]]] = {title: [] for title in columns}  # seconds, of every problem
     for problem in tqdm(problems, desc="solving", disable=None, leave=False):
         for title, done in runs.items():  # one right after the other: all meet the same load on the machine
             started = time.perf_counter()
