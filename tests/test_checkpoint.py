@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,9 +21,11 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spoiling import spoilt_bytes, spoilt_json
 
 import minirec
-from minirec import RecurrentConfig, RecurrentDepthLM
+from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing, lossless_wavefront
+from minirec.decoding import stop_tokens
 from minirec.files import checkpoint, writing
 from minirec.tasks import task_tokenizer
 
@@ -655,6 +658,169 @@ def test_a_config_of_something_else(saved, changes, words):
     assert_refused(saved, str(saved / "config.json"), words)
 
 
+SIZES = ["n_embd", "n_heads", "intermediate_size", "vocab_size", "block_size", "n_layers_in_prelude",
+         "n_layers_in_recurrent_block", "n_layers_in_coda", "mean_recurrence", "mean_backprop_depth"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [True, False, 0, -1, 10**9, 6 * 10**9, 10**30, 2.0, "2", None, [2], {}])
+def test_a_size_that_no_model_has_is_named_at_once(saved, name, value):
+    edit_json(saved / "config.json", **{name: value})
+    assert_refused(saved, f"config.json: {name} is {value!r}; it must be a whole number from 1 to")
+
+
+def test_a_large_number_of_layers_is_named_at_once(saved):
+    for name in SIZES[5:8]:
+        edit_json(saved / "config.json", **{name: 10**7})
+        assert_refused(saved, f"{name} is 10000000")
+        edit_json(saved / "config.json", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_eps": float("inf")}, "norm_eps is inf"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"norm_eps": 1e-46}, "norm_eps is 1e-46"),  # zero in float32
+        ({"norm_eps": True}, "norm_eps is True"),
+        ({"rope_base": 1e300}, "rope_base is 1e+300"),
+        ({"rope_base": "50000"}, "rope_base is '50000'"),
+        ({"qk_bias": 1}, "qk_bias is 1; it must be true or false"),
+        ({"qk_bias": "false"}, "qk_bias is 'false'"),
+        ({"tie_embeddings": None}, "tie_embeddings is None; it must be true or false"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'; it must be a whole number from 0 to 22, a list of such numbers"),
+        ({"eos_token_id": [2, "3"]}, "eos_token_id is [2, '3']"),
+        ({"eos_token_id": [2, True]}, "eos_token_id is [2, True]"),
+        ({"eos_token_id": 23}, "eos_token_id is 23"),
+        ({"bos_token_id": True}, "bos_token_id is True"),
+        ({"bos_token_id": [1]}, "bos_token_id is [1]"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"state_init": "zero"}, "state_init is 'zero'; minirec supports 'like-init'"),
+        ({"init_values": {"embed_scale": 1.0}}, "init_values.embed_scale is 1.0; minirec supports 4.0"),
+        ({"init_values": {"std": "x"}}, "init_values.std is 'x'"),
+        ({"model_type": "\x1b[2Jx" * 500}, "'\\x1b[2Jx"),
+        ({"model_type": ["huginn_raven"]}, "model_type is ['huginn_raven']"),
+        ({"nonlin_name": "\x9b2J"}, "nonlin_name is '\\x9b2J'"),
+    ],
+)
+def test_a_value_that_is_none_is_named(saved, changes, words):
+    edit_json(saved / "config.json", **changes)
+    assert_refused(saved, "config.json: ", words)
+
+
+@pytest.mark.parametrize("stop", [None, 3, [3], [3, 4], []])
+@pytest.mark.parametrize("generation", ["absent", "silent", None, 5, [5, 6], []])
+def test_stop_tokens_may_be_one_several_or_none(saved, stop, generation):
+    """generation_config.json counts where it says something, null included, as in transformers."""
+    edit_json(saved / "config.json", eos_token_id=stop)
+    path = saved / "generation_config.json"
+    if generation == "absent":
+        path.unlink()
+    else:
+        path.write_text(json.dumps({"top_k": 5} if generation == "silent" else {"eos_token_id": generation}))
+    said = stop if generation in ("absent", "silent") else generation
+    expected = set() if said is None else {said} if isinstance(said, int) else set(said)
+    model = checkpoint.load(saved)
+    assert stop_tokens(model) == expected
+    model.save_pretrained(saved.parent / "again")
+    assert stop_tokens(checkpoint.load(saved.parent / "again")) == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"diffusion_forcing": None},
+        {"lossless_wavefront": None},
+        {"diffusion_forcing": {}},
+        {"diffusion_forcing": {"inner_steps": None, "kv": None}},
+        {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": None, "temperature": 0.7, "top_p": None},
+    ],
+)
+def test_legal_settings_are_read_and_used(saved, values):
+    (saved / "generation_config.json").write_text(json.dumps(values))
+    model = checkpoint.load(saved)
+    for sampler in (diffusion_forcing, lossless_wavefront):
+        assert len(sampler.generate(model, [1, 2], 3, stop_tokens=()).tokens) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ({"eos_token_id": [2, 99]}, "eos_token_id is [2, 99]"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id is {'a': 1}"),
+        ({"diffusion_forcing": 3}, "diffusion_forcing is 3; it must be an object or null"),
+        ({"diffusion_forcing": []}, "diffusion_forcing is []"),
+        ({"diffusion_forcing": {"inner_steps": 0}}, "diffusion_forcing.inner_steps is 0"),
+        ({"diffusion_forcing": {"inner_steps": True}}, "diffusion_forcing.inner_steps is True"),
+        ({"diffusion_forcing": {"exit_threshold": "0.2"}}, "diffusion_forcing.exit_threshold is '0.2'"),
+        ({"diffusion_forcing": {"exit_threshold": 1e400}}, "diffusion_forcing.exit_threshold is inf"),
+        ({"diffusion_forcing": {"kv": "\x1b[2J"}}, "diffusion_forcing.kv is '\\x1b[2J'; it must be 'full' or 'shared'"),
+        ({"lossless_wavefront": {"guess_after": 10**30}}, "lossless_wavefront.guess_after is 1000"),
+    ],
+)
+def test_a_setting_that_is_none_is_named(saved, values, words):
+    (saved / "generation_config.json").write_text(json.dumps(values))
+    assert_refused(saved, "generation_config.json: ", words)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", checkpoint.INDEX])
+def test_json_that_is_nested_too_deeply(saved, file):
+    (saved / file).write_text('{"a":' * 10**5 + "1" + "}" * 10**5)
+    assert_refused(saved, str(saved / file), "nested too deeply")
+
+
+def test_names_of_tensors_reach_no_terminal(saved, shards):
+    """A tensor's name is any text, and errors show it."""
+    evil = "\x1b]52;c;ZXZpbA==\x07\x9b2J\n" + "x" * 5000
+    edit_tensors(saved, **{evil: torch.zeros(1)})
+    assert_refused(saved, "\\x1b]52;c;ZXZpbA==\\x07\\x9b2J x")
+    edit_json(saved / "config.json", model_type="llama")
+    assert_refused(saved, "it holds")
+    where = json.loads((shards / checkpoint.INDEX).read_text())["weight_map"]
+    for changed in ({evil: where[WTE]}, {WTE: evil + ".safetensors"}):
+        edit_json(shards / checkpoint.INDEX, weight_map=where | changed)
+        assert_refused(shards, "\\x1b]52")
+
+
+# ---- files that somebody spoilt at random
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", checkpoint.INDEX, ".saved/files.json"])
+@pytest.mark.parametrize("spoil", ["json", "bytes"])
+def test_a_spoilt_file_is_loaded_or_one_clear_error(shards, file, spoil):
+    random = Random(f"{file} {spoil}")
+    if file == ".saved/files.json":
+        (shards / ".saved").mkdir()
+        (shards / file).write_text(json.dumps([checkpoint.INDEX, "config.json"]))
+    content, refused = (shards / file).read_bytes(), 0
+    for _ in range(60):
+        if spoil == "json":
+            (shards / file).write_text(json.dumps(spoilt_json(json.loads(content), random)))
+        else:
+            (shards / file).write_bytes(spoilt_bytes(content, random))
+        try:
+            checkpoint.load(shards)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 1000, error
+            refused += 1
+        (shards / file).parent.mkdir(exist_ok=True)
+        (shards / file).write_bytes(content)
+    assert refused > 5
+
+
+def test_spoilt_weights_are_loaded_or_one_clear_error(saved):
+    random, path = Random(0), saved / checkpoint.WEIGHTS
+    content = path.read_bytes()
+    for _ in range(60):
+        path.write_bytes(spoilt_bytes(content[:3000], random) + content[3000:])
+        try:
+            checkpoint.load(saved)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 1000, error
+
+
 def test_another_architecture_is_described(saved, shards):
     """What was found, by its tensors too, and what is supported."""
     for folder in (saved, shards):
@@ -869,8 +1035,7 @@ def test_free_memory_of_the_cpu():
 
 PEAK = """
 import sys, torch
-from minirec.files import checkpoint, writing
-from minirec.tasks import task_tokenizer
+from minirec.files import checkpoint
 
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))

@@ -227,7 +227,7 @@ def test_the_course_in_the_readme_is_the_course():
 
 
 def test_the_file_tree_of_the_readme_is_that_of_the_package():
-    (tree,) = re.findall(r"^```\n(minirec/\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tree,) = re.findall(r"^```text\n(minirec/\n.*?)^```", README, re.MULTILINE | re.DOTALL)
     (inside,) = re.findall(r"^minirec/\n((?:  .*\n)+)", tree, re.MULTILINE)
     named = {word.partition("/")[0].removesuffix(".py") for line in inside.splitlines() for word in line.split()}
     own = (path for path in (ROOT / "minirec").iterdir() if path.name[0] not in "._")

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from unittest import mock
 
 import numpy as np
@@ -24,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from spoiling import spoilt_bytes
 
 from minirec import RecurrentConfig, RecurrentDepthLM, autoregressive, tasks, training
 from minirec.files.run import Run
@@ -881,6 +883,22 @@ def test_a_number_of_a_state_that_is_not_what_was_saved_is_named(half_run, metad
 def test_a_log_that_is_none_is_named(half_run, text):
     (half_run / "log.csv").write_text(text)
     assert_not_resumed(half_run, "log.csv is not the log of a run")
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "log.csv"])
+def test_a_spoilt_file_of_a_run_is_resumed_or_one_clear_error(half_run, file):
+    content, random, config = (half_run / file).read_bytes(), Random(file), TrainingConfig(**RUN)
+    model = fresh_model()
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(40):
+        (half_run / file).write_bytes(spoilt_bytes(content[:6000], random) + content[6000:])
+        try:
+            Run(half_run).resume(model, torch.optim.AdamW(model.parameters()), config)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 5000, error
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        else:
+            model = fresh_model()
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
