@@ -99,7 +99,7 @@ class Passes:
             if slot.request.state is State.DECODE:
                 depths = [min(depth, slot.request.num_steps) for _, depth in move.final]
                 self.grid.cache.copy_deeper(slot.row, slot.start, depths)
-            changes.append(slot.opened(move, self.steps(slot, move)) | {"decodes": slot.decodes + 1})
+            changes.append(slot.opened(move, self.steps(slot, move)))
         return changes
 
     def _choose(self, logits: Tensor, at: Cells, slots: list[Slot]) -> tuple[Tensor, dict[TokenChoice, Exception]]:
