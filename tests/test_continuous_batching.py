@@ -57,13 +57,14 @@ ENGINES = st.fixed_dictionaries(
 def alone(model, request: dict, seed: int, mode: str = "depth", cache: dict = {}, **engine):  # noqa: B006
     """What a request gives without an engine.
 
-    With shared slots the result depends on how a prompt is cut, and a sampler takes at most as many slots as it has
-    steps.  Where no sampler does what the engine does, this is an engine with nothing else in it.
+    With fewer slots than steps the result depends on how a prompt is cut: for a prompt of several chunks, this is an
+    engine with nothing else in it.  With more slots than a request has steps, each step has its own, as in "full".
     """
     steps, slots = request["num_steps"] or model.config.mean_recurrence, cache.get("kv_slots", 1)
     front = mode == "wavefront" and request["threshold"] is not None
     widest = max(1, engine.get("row_budget", 64) // engine.get("slots", 8))
-    if cache and (slots > steps or (slots < steps and len(request["prompt"]) > engine.get("chunk", 32))):
+    cache = {} if slots > steps else cache
+    if cache and slots < steps and len(request["prompt"]) > engine.get("chunk", 32):
         own = {"slots": 1, "row_budget": widest if front else engine.get("row_budget", 64)}
         lonely = Engine(model, max_length=24, mode=mode, **(engine | own | cache))
         id = submit(lonely, request, seed)
@@ -151,7 +152,7 @@ def test_a_wave_with_a_threshold_is_diffusion_forcing(small_model, guess_after, 
             r | {"threshold": (0.02, 0.2, 0.6)[i % 3], "num_steps": num_steps, "cancelled": 40 if i == 4 else None}
             for i, r in enumerate(plain(8, new=12))
         ]
-        for cache in ({}, {"kv": "shared", "kv_slots": 1 + seed}):
+        for cache in ({}, {"kv": "shared", "kv_slots": 1 + 2 * seed}):
             check_serves(
                 model, "wavefront", requests, slots=3, guess_after=guess_after, row_budget=row_budget, cache=cache
             )
