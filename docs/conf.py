@@ -1,4 +1,4 @@
-"""The documentation site: README, notebooks as they are stored, and the docstrings.  `make docs` builds it.
+"""The documentation site: a landing page, README, notebooks as they are stored, docstrings.  `make docs` builds it.
 
 The pages are the files of the repository themselves, so the source folder is the top of it; nothing is executed, and
 nothing that a page needs is loaded from elsewhere.
@@ -13,30 +13,47 @@ import minirec
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def examples(path):
+    """How the session of the examples begins; name -> its example, as the interpreter shows it."""
+    head, *blocks = re.split(r"^# (minirec\.\S+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return head[head.index("\n\n    ") :].strip("\n"), dict(zip(blocks[::2], map(str.strip, blocks[1::2]), strict=True))
+
+
 project = "minirec"
 version = release = minirec.__version__
 author = copyright = "The minirec authors"
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinxcontrib.katex"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.viewcode", "sphinxcontrib.katex"]
 root_doc = "README"
 COURSE = ["notebooks/README", *sorted(f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb"))]
 COURSE += [f"notebooks/assignments/{path.stem}" for path in ROOT.glob("notebooks/assignments/README.md")]
-PACKAGE = ["docs/model", "docs/samplers", "docs/training"]
+MEASURED = ["docs/correctness", "docs/depth", "docs/speed", "docs/full_scale", "benchmarks/README"]
+PACKAGE = [f"docs/{page}" for page in ("model", "families", "samplers", "training", "figures", "files", "internals")]
 RESULTS = sorted(f"benchmarks/results/{path.stem}" for path in ROOT.glob("benchmarks/results/*.md"))
 MORE = ["minirec/assets/tiny/README", "tests/golden/README", "tests/golden/QUIRKS", "CONTRIBUTING", "CHANGELOG"]
-TITLES = {"minirec/assets/tiny/README": "The shipped model"} | {
-    page: f"Results: {page.split('/')[-1]}" for page in RESULTS
+TITLES = {  # of pages of results, which are stored as they were printed
+    "batching": "Batching engine",
+    "batching_deeper": "Batching engine at r = 32",
+    "core_size": "Samplers by core size",
+    "depth": "Accuracy by depth",
+    "full_scale": "Full scale",
+    "kv_sharing": "Shared keys and values",
+    "overhead": "Overhead of decoding",
+    "recipe": "Training recipe",
+    "samplers": "Samplers",
 }
-CONTENTS = {"Course": COURSE, "Package": PACKAGE, "Measurements": ["benchmarks/README", *RESULTS], "More": MORE}
-include_patterns = [f"{page}.*" for pages in [[root_doc], *CONTENTS.values()] for page in pages]
+CONTENTS = {"Course": COURSE, "Measurements": MEASURED, "Reference": PACKAGE, "More": MORE}
+SESSION, EXAMPLES = examples(ROOT / "docs/examples.txt")
+include_patterns = [f"{page}.*" for pages in [[root_doc], RESULTS, *CONTENTS.values()] for page in pages]
 exclude_patterns = [".*", "docs/_build", "runs", "**/*.png", "**/*.json"]
 suppress_warnings = ["myst.header"]  # pages of results skip a level of headings
 
 html_theme = "furo"
 html_title = "minirec"
 templates_path = ["_templates"]
-html_additional_pages = {"index": "index.html"}  # sends to the README's page
-html_static_path = ["_static"]
+html_additional_pages = {"index": "index.html"}  # the landing page
+html_static_path = ["_static", "drawings"]
 html_css_files = ["site.css"]
 html_copy_source = False  # it would copy every notebook
 
@@ -50,7 +67,7 @@ myst_heading_anchors = 3
 katex_options = 'output: "mathml"'
 katex_css_path = "katex-math.css"  # the extension's own; the default is on another machine
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": False}
+autodoc_default_options = {"member-order": "bysource"}
 autodoc_inherit_docstrings = False
 autodoc_mock_imports = ["lm_eval"]  # only an evaluation needs it, and it is large
 autodoc_typehints_format = "short"
@@ -65,15 +82,52 @@ EXPLAINED = r"(?:^|(?<=[.;,)] )|(?<=\.  ))[\w\\]+(?=:(?:\s|$))"  # a name and a 
 def setup(app):
     app.connect("source-read", add_contents)
     app.connect("autodoc-process-docstring", plain_to_rst)
+    app.connect("html-page-context", home)
 
 
 def add_contents(app, page, source):
-    """What only the site needs: the README shows no table of contents on GitHub, and results have no titles."""
+    """What only the site needs: tables of contents, titles of results, and a summary of each page of the reference."""
     if page in RESULTS:
-        source[0] = f"# {page.rpartition('/')[2]}\n\n{source[0]}"
+        source[0] = f"# {TITLES[page.rpartition('/')[2]]}\n\n{source[0]}"
+    elif page in PACKAGE:
+        title, rule, _, says, rest = source[0].split("\n", 4)
+        source[0] = "\n".join([title, rule, "", says, "", *summary(rest), "", rest])
+    elif page == "benchmarks/README":
+        source[0] += toctree("Results", RESULTS)
     elif page == root_doc:
         for caption, pages in CONTENTS.items():
-            source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""])
+            source[0] += toctree(caption, pages)
+
+
+def toctree(caption, pages):
+    """A hidden table of contents, with paths from the top of the repository."""
+    return "\n".join(
+        ["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *(f"/{page}" for page in pages), "```", ""]
+    )
+
+
+def summary(rst):
+    """A table of what the modules of a page of the reference have, and how its examples begin."""
+    modules = re.findall(r"automodule:: (\S+)\n   :members: (.+)", rst)
+    names = [f"{module}.{name}" for module, members in modules for name in members.split(", ")]
+    shown = [name.removeprefix("minirec.") for name in names]
+    lines = [
+        ".. currentmodule:: minirec",
+        "",
+        ".. autosummary::",
+        "   :nosignatures:",
+        "",
+        *(f"   {name}" for name in shown),
+        "",
+    ]
+    if not any(name in EXAMPLES for name in names):
+        return lines
+    return [*lines, "The examples run in one session that begins with", "", ".. code-block:: python", "", SESSION, ""]
+
+
+def home(app, page, template, context, doctree):
+    """The name of the site leads to its landing page, not to the page that holds the table of contents."""
+    context["master_doc"] = "index"
 
 
 def plain_to_rst(app, what, name, thing, options, lines):
@@ -96,12 +150,13 @@ def plain_to_rst(app, what, name, thing, options, lines):
                 rst.append("")
             drawing = False
             rst.append(prose(line, names))
-    lines[:] = rst
+    example = EXAMPLES.get(name)
+    lines[:] = [*rst, "", *example.splitlines(), ""] if example else rst
 
 
 def prose(line, names):
-    """One line of a paragraph: `code` as code or a link, **bold** as such, all other signs as they are."""
-    parts = re.split(r"(`[^`]+`|\*\*[^*]+\*\*)", line)
+    """One line of a paragraph: `code` as code or a link, **bold** and *slanted* as such, other signs as they are."""
+    parts = re.split(r"(`[^`]+`|\*\*[^*]+\*\*|\*\w+\*)", line)
     for i, part in enumerate(parts):
         if i % 2 == 0:  # "num_steps: the most steps ..." in running text: what is explained stands out
             text = re.sub(r"([\\*_|`])", r"\\\1", part)

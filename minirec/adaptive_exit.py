@@ -185,7 +185,8 @@ def _loop(
     measure, reads, default = CRITERIA[criterion]
     limit, needed = (0.5, threshold) if isinstance(default, int) else (threshold, 1)
     e, s = grid.embed(at), at.read(grid.state)  # (B, W, d) each
-    last, weights = None, 1.0
+    last: Tensor | None = None
+    weights: Tensor | float = 1.0
     if lengths is not None:
         n = torch.tensor(lengths, device=s.device)[:, None]  # (B, 1)
         last = n[:, 0] - 1

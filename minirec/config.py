@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 MOST_STEPS = 4096  # recurrence steps: more than any published model runs, and a cache of this depth still fits
 SMALLEST = 2.0**-126  # the smallest float32 with all its digits
@@ -119,7 +119,7 @@ class RecurrentConfig:
     n_heads: int = 55
     intermediate_size: int = 17920  # inner width of the gated MLP
     vocab_size: int = 65536  # tokens that mean something ...
-    padded_vocab_size: int | None = None  # ... and rows of the embedding; None: vocab_size
+    padded_vocab_size: int = None  # type: ignore[assignment]  # ... and rows of the embedding; None: vocab_size
     block_size: int = 4096  # longest context, in tokens
     n_layers_in_prelude: int = 2
     n_layers_in_recurrent_block: int = 4
@@ -135,6 +135,7 @@ class RecurrentConfig:
     pad_token_id: int | None = None
 
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()  # counts that a family may do without
+    KEYS: ClassVar[dict[str, str]] = {}  # a family's keys in config.json -> fields, where they differ
 
     def __post_init__(self):
         if self.padded_vocab_size is None:
@@ -199,7 +200,8 @@ class RecurrentConfig:
     def from_dict(cls, values: dict) -> RecurrentConfig:
         """Build from a dictionary; keys that are not fields are ignored."""
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+        renamed = values | {cls.KEYS[key]: values[key] for key in cls.KEYS if key in values}
+        return cls(**{k: v for k, v in renamed.items() if k in known})
 
     @classmethod
     def preset(cls, name: str) -> RecurrentConfig:
@@ -207,7 +209,7 @@ class RecurrentConfig:
         return cls(**PRESETS[one_of("preset", name, PRESETS)])
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     # What one student trains on a laptop: see minirec/assets/tiny.
     "tiny": dict(
         n_embd=96, n_heads=3, intermediate_size=264, vocab_size=128, block_size=512,

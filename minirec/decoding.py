@@ -18,7 +18,7 @@ code of its own.  Notebook: 06_diffusion_forcing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +86,7 @@ class Options:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_tokens: Sequence[int] | None = None
+    stop_tokens: Collection[int] | None = None
     on_token: Callable | None = None
     trace: bool = False
     fast: bool = False
@@ -316,9 +316,9 @@ class Grid:
 
     def record(self, row: int, start: int, depths: list[int], guesses: list[int]) -> None:
         """Note a finished outer step of a row for the plots, if a trace was asked for."""
-        if self.options.trace:
-            step = OuterStep(start, depths, guesses, frozen=self.next_position(row) + 1)
-            self.generations[row].trace.append(step)
+        trace = self.generations[row].trace
+        if trace is not None:
+            trace.append(OuterStep(start, depths, guesses, frozen=self.next_position(row) + 1))
 
     def next_position(self, row: int) -> int:
         """The position of the last final token of a row: the one whose state predicts the next."""

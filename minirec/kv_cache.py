@@ -140,8 +140,8 @@ def _attend_run(keys: Tensor, values: Tensor, depth: int, fall: int, end: int, q
     n, stored = len(q), len(keys) - 1 - depth
     if fall == 0:  # all in one slot: a little window
         keys, values = keys[stored, None, :, :end], values[stored, None, :, :end]  # (1, H, end, c)
-        mask = None if n == 1 else mask[:, :end]
-        return attention(q.transpose(0, 1)[None], keys, values, mask)[0].transpose(0, 1)
+        shown = None if n == 1 else mask[:, :end]
+        return attention(q.transpose(0, 1)[None], keys, values, shown)[0].transpose(0, 1)
     steps = slice(stored, stored + (n - 1) * fall + 1, fall)
     keys, values = keys[steps, :, :end], values[steps, :, :end]  # (n, H, end, c): as each cell's step sees them
     mask = mask[:, None, None, :end]  # (n, 1, 1, end)
@@ -226,10 +226,13 @@ class KVCache:
         if self.slots == 1:
             return 0
         if isinstance(depth, Diagonal):
-            return depth if max(depth.cells) < self.slots else depth.each(self.slot)
-        if self.kv == "shared":
-            return depth % self.slots
-        return min(depth, self.slots - 1) if isinstance(depth, int) else depth.clamp(max=self.slots - 1)
+            return depth if max(depth.cells) < self.slots else depth.each(self._slot)
+        if isinstance(depth, int):
+            return self._slot(depth)
+        return depth % self.slots if self.kv == "shared" else depth.clamp(max=self.slots - 1)
+
+    def _slot(self, depth: int) -> int:
+        return depth % self.slots if self.kv == "shared" else min(depth, self.slots - 1)
 
     def window(self, starts: list[int], width: int, rope: Tensor) -> Window:
         """The window of `width` positions from starts[b] on in each row b; rope: the table of all L positions.
@@ -270,6 +273,8 @@ class Window:
     """
 
     text: Tensor | None = None
+    start: int | None
+    mask: Tensor | None
 
     def __init__(self, cache: KVCache, starts: list[int], width: int, rope: Tensor):
         self.cache, self.width, self.end = cache, width, max(starts) + width
@@ -301,8 +306,8 @@ class Window:
         """The window's part of a tensor over all positions: (B, L, ...) -> (B, W, ...)."""
         return grid[:, self.start : self.end] if self.start is not None else grid[self.rows, self.positions]
 
-    def write(self, grid: Tensor, values: Tensor) -> None:
-        """Put values (B, W, ...) at the window's positions of grid (B, L, ...), in place."""
+    def write(self, grid: Tensor, values: Tensor | float) -> None:
+        """Put values, (B, W, ...) or one number, at the window's positions of grid (B, L, ...), in place."""
         if self.start is not None:
             grid[:, self.start : self.end] = values
         else:
@@ -328,6 +333,7 @@ class Window:
         if isinstance(slot, Diagonal):
             keys, values = self.cache.of_row[part][layer][0]  # (slots, H, L, c) each
             parts = []
+            assert self.start is not None and self.mask is not None, "one row, after its prompt"
             for first, n, depth, fall in slot.runs:
                 run, start = slice(first, first + n), self.start + first
                 _store_run(keys, depth, fall, start, k[0, :, run])
@@ -354,6 +360,8 @@ class Cells(Window):
     rows, positions: lists of N row numbers and positions, those of a row side by side and from left to right.  Where a
     method of Window speaks of B rows and W positions, read N and 1.
     """
+
+    mask: Tensor
 
     def __init__(self, cache: KVCache, rows: list[int], positions: list[int], rope: Tensor):
         self.cache, self.width, self.start, self.end = cache, 1, None, max(positions) + 1
@@ -397,6 +405,8 @@ class Cells(Window):
         """
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
         rows, positions, q = self._rows[:, 0], self.positions[:, 0], q[:, :, 0]  # (N,), (N,), (N, H, c)
+        stored: int | Tensor
+        together: Collection[int]
         if isinstance(slot, int):
             group, stored = self._few, len(keys) - 1 - slot
             together, where = group.cells, group.where
@@ -409,20 +419,20 @@ class Cells(Window):
             together, where = range(len(q)), slice(None)
         keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
         keys, values, y = keys[..., : self.end, :], values[..., : self.end, :], torch.empty_like(q)
-        if together and isinstance(slot, int):
+        if together and isinstance(stored, int):
             y[where] = group.attend(keys[stored], values[stored], q[where])
-        elif together:
+        elif together and isinstance(stored, Tensor):
             here = stored[where] * keys.shape[1] + rows[where]
             ks, vs = (x.flatten(0, 1).index_select(0, here) for x in (keys, values))  # (n, H, end, c) each
             shown = self.mask[where, None, None]  # (n, 1, 1, end)
             y[where] = attention(q[where, :, None], ks, vs, shown)[:, :, 0]
-        if len(together) < len(q):
-            runs = slot.runs if isinstance(slot, Diagonal) else [(first, n, slot, 0) for first, n in self._level]
+        if len(together) < len(q) and not isinstance(slot, Tensor):
+            runs = [(first, n, slot, 0) for first, n in self._level] if isinstance(slot, int) else slot.runs
             for first, n, depth, fall in runs:
                 if first not in together:
                     (row, start), run = self.cells[first], slice(first, first + n)
-                    own = self.cache.of_row[part][layer][row]  # (slots, H, L, c) each
-                    y[run] = _attend_run(*own, depth, fall, start + n, q[run], self.mask[run])
+                    ks, vs = self.cache.of_row[part][layer][row]  # (slots, H, L, c) each
+                    y[run] = _attend_run(ks, vs, depth, fall, start + n, q[run], self.mask[run])
         return y[:, None]
 
 

@@ -75,8 +75,12 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Plain attention: position t attends to positions 0..t.  q, k, v (B, H, T, c) -> (B, T, H, c)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    """Plain attention: position t attends to positions 0..t.  q, k, v (B, H, T, c) -> (B, T, H, c).
+
+    k and v may have fewer heads, each for several of q (grouped queries).
+    """
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -190,14 +194,25 @@ class RecurrentDepthLM(nn.Module):
     from_pretrained: ClassVar[Callable[..., RecurrentDepthLM]]
     save_pretrained: Callable[..., None]
     transformer: Any  # a ModuleDict: PyTorch has no types for what its names stand for
+    block_class: type[nn.Module] = SandwichBlock
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
         self.config = config
         self.generation_config: dict = {}  # decoding defaults that came with the checkpoint, if any
 
+        self.build()
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    def build(self) -> None:
+        """Make the modules, under the names of the published tensors; the head is made after them."""
+        config = self.config
+
         def blocks(n: int) -> nn.ModuleList:
-            return nn.ModuleList(SandwichBlock(config) for _ in range(n))
+            return nn.ModuleList(self.block_class(config) for _ in range(n))
 
         self.transformer = nn.ModuleDict(
             {
@@ -209,10 +224,11 @@ class RecurrentDepthLM(nn.Module):
                 "ln_f": RMSNorm(config.n_embd, config.norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-        self.reset_parameters()
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The matrix of token embeddings."""
+        return self.transformer.wte
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -235,12 +251,12 @@ class RecurrentDepthLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.transformer.wte.weight.device
+        return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the weights."""
-        return self.transformer.wte.weight.dtype
+        return self.lm_head.weight.dtype
 
     def rope(self, positions: Tensor) -> Tensor:
         """The rotation of every position: (..., T) int64 -> (..., T, 1, 1, head_dim/2) complex64."""
@@ -277,9 +293,11 @@ class RecurrentDepthLM(nn.Module):
         only (B,) int64: the one position of each row that is read; logits are then (B, 1, V).
         """
         x = run(self.transformer.coda, self.transformer.ln_f(s), at or self.whole(s), "coda")
-        if only is not None:
-            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
-        return wide(self.lm_head(self.transformer.ln_f(x)))
+        return wide(self.lm_head(self.transformer.ln_f(self.picked(x, only))))
+
+    def picked(self, x: Tensor, only: Tensor | None) -> Tensor:
+        """x (B, W, d), or with only (B,) int64 that one position of each row, (B, 1, d)."""
+        return x if only is None else x[torch.arange(len(x), device=x.device), only][:, None]
 
     def forward(self, tokens: Tensor, num_steps: int | None = None, state: Tensor | None = None) -> Output:
         """Run `num_steps` recurrence steps on tokens (B, T) int64, from `state` (B, T, d) or the initial one.

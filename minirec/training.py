@@ -26,6 +26,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
 
@@ -324,9 +325,12 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
     """Train `model` in place and return the log, one row every `log_every` steps.
 
     run: a `minirec.files.run.Run`, the folder that gets the log, resumable state and the checkpoint; None keeps
-    nothing.  If the folder holds a run of the same configuration, training continues from its last save; a run of
-    another configuration is a ValueError.  A run that is killed loses what it did since the last save.
+    nothing.  If the folder holds a run of the same configuration from the same initial weights, training continues from
+    its last save; another run is a ValueError, and a folder that another process trains in is an OSError.  A run that
+    is killed loses what it did since the last save.
     until: stop after this step, for now or for good; what is planned for later steps stays as it is.
+    ValueError that names the step if the loss or the gradient is not finite, which leaves `model` as it was before that
+    step, or if a weight is not finite when it is saved.  The folder stays as it was at the last save.
 
     Processes that torchrun started (`minirec.tools.processes`) train one model together: each runs its share of the
     rows of the same batches, so their number changes nothing but rounding, and a run may be resumed by another number
@@ -338,14 +342,13 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
         raise ValueError(f"until is {until}; it must be from 1 to steps, here {config.steps}")
     if model.config.padded_vocab_size < (needed := task_tokenizer().get_vocab_size()):
         raise ValueError(f"vocab_size is {model.config.vocab_size}; the tasks' tokenizer needs {needed}")
-    data, (rank, world) = Batches(config, model.config.mean_recurrence), place()
+    data, (_, world) = Batches(config, model.config.mean_recurrence), place()
     fewest = min(data.rows(family, tasks.FAMILIES[family]) for family in config.families) if world > 1 else 1
     if fewest < world:
         raise ValueError(
             f"batch_tokens is {config.batch_tokens}, too few for a row for each of {world} processes: a batch may have "
             f"{fewest}"
         )
-    device = model.device
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -353,6 +356,13 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
         weight_decay=config.weight_decay,
         fused=True,
     )
+    with run.held() if run else nullcontext():
+        return _train(model, optimizer, config, data, run, end)
+
+
+def _train(model, optimizer, config: TrainingConfig, data: Batches, run, end: int) -> list[dict]:
+    """The loop of `train`, from the last save of `run` to step `end`."""
+    (rank, world), device = place(), model.device
     first, log, running = run.resume(model, optimizer, config) if run else (0, [], [])
     objective = Objective(model)
     if world > 1:
@@ -379,18 +389,26 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
         loss = objective(*batch, (labels, depths) if world > 1 else None)
         optimizer.zero_grad()
         (loss * world).backward()  # the gradients of the shares add up, and DistributedDataParallel takes their mean
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        value, norm = torch.stack([total(loss), norm.to(loss.dtype)]).tolist()  # the step's only synchronisation
+        for what, found in (("loss", value), ("norm of the gradient", norm)):
+            if not math.isfinite(found):
+                raise ValueError(f"step {step + 1}: the {what} is {found}; try a lower learning_rate")
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         optimizer.step()
 
-        running.append(total(loss).item())
+        running.append(value)
         done = step + 1
         if done % config.log_every == 0 or done == end:
             log.append(line(done) | (measured() if done % config.evaluate_every == 0 or done == end else {}))
             running = []
-        if run and rank == 0 and (done % config.save_every == 0 or done == end):
-            run.save(model, optimizer, config, done, log, running)
+        if done % config.save_every == 0 or done == end:
+            for name, p in model.named_parameters():
+                if not p.isfinite().all():
+                    raise ValueError(f"step {done}: {name} is not finite after it; try a lower learning_rate")
+            if run and rank == 0:
+                run.save(model, optimizer, config, done, log, running)
     if first >= end:  # it had come so far before
         log += [line(first)] if running else []
         log[-1] |= {} if held_out.keys() <= log[-1].keys() else measured()

@@ -26,7 +26,7 @@ def check(released: Path, folder: Path) -> None:
         output = subprocess.PIPE if "-c" in command else None
         return subprocess.run(command, cwd=cwd, env=environment, check=True, stdout=output, text=True).stdout
 
-    run(bin_ / "pip", "install", "-q", f"{released}[dev]", f"--constraint={ROOT / 'constraints.txt'}", cwd=folder)
+    run(bin_ / "pip", "install", "-qq", f"{released}[dev]", f"--constraint={ROOT / 'constraints.txt'}", cwd=folder)
     print(f"{released.name}: the demo", flush=True)
     run(bin_ / "minirec", "demo", cwd=folder)
 

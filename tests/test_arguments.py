@@ -52,7 +52,7 @@ def pool() -> list:
     values = [None, True, False, np.True_, torch.tensor(True), "", "1", "nan", "full", "shared", "words", "prefix"]
     values += [b"1", bytearray(b"12"), memoryview(b"12"), 1j, complex(1, 0), np.complex64(1), torch.tensor(1j), ...]
     values += [[], [1], [1, 2], [0.5], (2,), [[1], [2, 3]], ["1"], [[]], [None], {}, {1: 2}, {1}, {"a"}, range(3)]
-    values += [iter([1, 2]), repeat(1), (x for x in "ab"), object(), int, torch.float16, torch.int64]
+    values += [iter([1, 2]), repeat(1), (x for x in "ab"), object(), str, torch.float16, torch.int64]
     values += [
         np.array([1]),
         np.array([0.5]),

@@ -76,13 +76,47 @@ def test_a_page_of_the_site_draws_its_figures_and_its_equations(site, browser, p
 def test_the_first_page_of_the_site_leads_to_every_notebook(site, browser):
     page = browser.new_page()
     page.goto((site / "index.html").as_uri())
-    page.wait_for_url("**/README.html")
+    page.get_by_text("Open the first notebook").click()
+    page.wait_for_url(f"**/{NOTEBOOKS[0].stem}.html")
+    page.go_back()
     for path in NOTEBOOKS:
-        page.locator(f"nav a[href*='{path.stem}.html'], .sidebar-tree a[href*='{path.stem}.html']").first.click()
+        page.locator(f".sidebar-tree a[href*='{path.stem}.html']").first.click()
         page.wait_for_url(f"**/{path.stem}.html")
         assert page.inner_text("h1").startswith(path.name[:2])
-        page.go_back()
+        page.locator(".sidebar-brand").click()
+        page.wait_for_url("**/index.html")
+    assert all(page.evaluate(PICTURES))
     page.close()
+
+
+# What of the article is under the side bar at the right or beyond the window, and doesn't scroll by itself.
+CUT_OFF = """() => {
+  const bar = document.querySelector('.toc-drawer'), window_ = document.documentElement.clientWidth;
+  const beside = bar && getComputedStyle(bar).position !== 'fixed' && bar.getBoundingClientRect().width > 0;
+  const edge = beside ? bar.getBoundingClientRect().left : window_;
+  const scrolls = e => {
+    for (; e && !e.matches('.content'); e = e.parentElement)
+      if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX)) return true;
+  };
+  const out = [...document.querySelectorAll('article *')].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.width && box.right > edge + 1 && !scrolls(e);
+  });
+  return [document.documentElement.scrollWidth - window_, out.map(e => e.tagName + ' ' + e.textContent.slice(0, 40))];
+}"""
+PAGES = ["index", "README", "notebooks/README", "notebooks/06_diffusion_forcing", "docs/speed", "docs/samplers"]
+PAGES += ["docs/model", "docs/figures", "benchmarks/README", "benchmarks/results/samplers"]
+
+
+@pytest.mark.parametrize("width", [360, 768, 1000, 1280, 1320, 1440, 1536, 1920])
+def test_the_contents_are_whole_at_every_width(site, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    found = {}
+    for name in PAGES:
+        page.goto((site / f"{name}.html").as_uri())
+        found[name] = page.evaluate(CUT_OFF)
+    page.close()
+    assert found == {name: [0, []] for name in PAGES}
 
 
 @pytest.fixture(scope="module")

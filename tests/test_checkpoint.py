@@ -5,20 +5,29 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
+from unittest import mock
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spoiling import spoilt_bytes, spoilt_json
 
 import minirec
-from minirec import RecurrentConfig, RecurrentDepthLM
-from minirec.files import checkpoint
+from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing, lossless_wavefront
+from minirec.decoding import stop_tokens
+from minirec.files import checkpoint, writing
+from minirec.tasks import task_tokenizer
 
 WTE, NORM = "transformer.wte.weight", "transformer.ln_f.weight"
 
@@ -146,17 +155,162 @@ def test_the_table_of_rotations_in_a_file_is_ignored(model, saved):
     assert_equal(model, checkpoint.load(saved))
 
 
-def test_the_head_in_a_tied_file_is_ignored(model, saved):
-    edit_tensors(saved, **{"lm_head.weight": torch.zeros(model.lm_head.weight.shape)})
-    loaded = checkpoint.load(saved)
-    assert_equal(model, loaded)
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+@pytest.mark.parametrize("folder", ["saved", "shards"])
+def test_a_head_beside_a_tied_embedding_has_to_be_the_embedding(request, model, folder):
+    """The published checkpoint holds both; with another head, config or weights are wrong."""
+    folder = request.getfixturevalue(folder)
+    sharded = (folder / checkpoint.INDEX).exists()
+    file = folder / ("model-head.safetensors" if sharded else checkpoint.WEIGHTS)
+
+    def put(head) -> None:
+        if sharded:
+            save_file({"lm_head.weight": head}, file)
+            where = json.loads((folder / checkpoint.INDEX).read_text())["weight_map"]
+            edit_json(folder / checkpoint.INDEX, weight_map=where | {"lm_head.weight": file.name})
+        else:
+            edit_tensors(folder, **{"lm_head.weight": head})
+
+    head = model.lm_head.weight.detach().clone()
+    put(head)
+    assert_equal(model, checkpoint.load(folder))
+    for wrong in (head + 1e-3, head[:-1].clone(), head.double()):
+        put(wrong)
+        assert_refused(folder, str(file), "lm_head.weight differs from transformer.wte.weight", "tie_embeddings true")
+    edit_json(folder / "config.json", tie_embeddings=False)
+    put(head + 1)
+    loaded = checkpoint.load(folder)
+    assert torch.equal(loaded.lm_head.weight, head + 1) and torch.equal(loaded.transformer.wte.weight, head)
 
 
 def test_a_head_that_is_not_tied_is_not_ignored(small_model, tmp_path):
     small_model(dtype=torch.float32, tie_embeddings=False).save_pretrained(tmp_path)
     edit_tensors(tmp_path, **{"lm_head.weight": None})
     assert_refused(tmp_path, "lm_head.weight is missing", checkpoint.WEIGHTS)
+
+
+@pytest.mark.parametrize("by_config", [True, False])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
+def test_tied_or_untied_by_hand_the_weights_count(small_model, tmp_path, by_config, max_shard_size):
+    model = copy.deepcopy(small_model(dtype=torch.float32, tie_embeddings=by_config))
+    if by_config:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2, requires_grad=False)
+    else:
+        model.lm_head.weight = model.transformer.wte.weight
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.config.tie_embeddings != by_config
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) != by_config
+    tokens = torch.arange(10)[None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+# ---- models that are wrapped, or not what their config says
+
+
+def test_a_wrapped_model_is_saved_without_its_wrapper(model, tmp_path):
+    """None of these wrappers computes anything here; it is their names that matter."""
+    part = copy.deepcopy(model)
+    part.transformer.core_block[0] = torch.compile(part.transformer.core_block[0])
+    wrapped = [torch.compile(model), torch.nn.DataParallel(model), torch.compile(torch.nn.DataParallel(model)), part]
+    with mock.patch.object(checkpoint, "DistributedDataParallel", Parallel):
+        for i, wrapper in enumerate([*wrapped, Parallel(torch.compile(model))]):
+            checkpoint.save(wrapper, tmp_path / str(i))
+            assert_equal(model, checkpoint.load(tmp_path / str(i)))
+
+
+class Parallel(torch.nn.Module):
+    """As DistributedDataParallel, which needs a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+class Wrapper(torch.nn.Module):
+    """Of a library that minirec does not know."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.inner, self.config = module, module.config
+
+
+class Quantized(torch.Tensor):
+    """A tensor whose values are not what is stored."""
+
+
+def spoilt(model, how: str):
+    """A model that cannot be written as it is, and what of it the error names."""
+    norm = model.transformer.ln_f
+    if how == "unknown wrapper":
+        return Wrapper(model), "inner"
+    if how == "plain module":
+        return torch.nn.Linear(2, 2), "Linear"
+    if how == "reparametrized":
+        torch.nn.utils.parametrizations.weight_norm(model.transformer.adapter)
+        return model, "transformer.adapter"
+    if how == "part replaced":
+        model.transformer.adapter = torch.nn.Linear(32, 16, bias=True)
+        return model, "transformer.adapter.bias"
+    if how == "another shape":
+        norm.weight = torch.nn.Parameter(torch.ones(17))
+        return model, NORM
+    if how == "meta":
+        return model.to("meta"), WTE
+    if how == "integers":
+        norm.weight = torch.nn.Parameter(torch.ones(16, dtype=torch.int8), requires_grad=False)
+        return model, NORM
+    if how == "subclass":
+        norm.weight = torch.nn.Parameter(norm.weight.detach().as_subclass(Quantized), requires_grad=False)
+        return model, NORM
+    with torch.no_grad():
+        norm.weight[3] = {"nan": torch.nan, "infinite": -torch.inf}[how]
+    return model, NORM
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["unknown wrapper", "plain module", "reparametrized", "part replaced", "another shape", "meta", "integers",
+     "subclass", "nan", "infinite"],
+)  # fmt: skip
+def test_what_could_not_be_loaded_is_refused_before_anything_is_written(model, saved, how):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    wrong, named = spoilt(copy.deepcopy(model), how)
+    with pytest.raises(ValueError, match=named):
+        checkpoint.save(wrong, saved)
+    with pytest.raises(ValueError, match=named):
+        checkpoint.save(wrong, saved.parent / "none")
+    assert not (saved.parent / "none").exists()
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("generation", [{"eos_token_id": "2"}, {"temperature": float("nan")}, {"eos_token_id": [99]}])
+def test_a_generation_config_that_could_not_be_loaded_is_refused(model, saved, generation):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    model.generation_config = generation
+    with pytest.raises(ValueError):
+        checkpoint.save(model, saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+# ---- not finite
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", [WTE, NORM, "transformer.coda.0.attn.qk_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_have_to_be_finite(saved, name, value, dtype):
+    tensors = {n: t.to(dtype) for n, t in load_file(saved / checkpoint.WEIGHTS).items()}
+    assert name in tensors
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, saved / checkpoint.WEIGHTS)
+    assert_refused(saved, str(saved / checkpoint.WEIGHTS), name, "NaN or infinities")
+
+
+def test_weights_have_to_be_finite_in_the_requested_format(saved):
+    edit_tensors(saved, **{NORM: torch.full((16,), 1e5)})
+    assert checkpoint.load(saved, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=rf"{NORM} holds NaN or infinities \(float16\)"):
+        checkpoint.load(saved, dtype="float16")
 
 
 # ---- saving over something
@@ -177,41 +331,277 @@ def test_saving_touches_no_file_of_someone_else(model, saved):
         assert (saved / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("where", ["writing", "moving"])
-def test_a_save_that_is_cut_short_leaves_the_old_files_whole(small_model, saved, monkeypatch, error, where):
-    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+# ---- a save that is stopped
 
-    def half(tensors, path, **kwargs):
-        Path(path).write_bytes(b"half a file")
-        raise error
-
-    def not_moved(source, target):
-        raise error
-
-    if where == "writing":
-        monkeypatch.setattr(checkpoint, "save_file", half)
-    else:
-        monkeypatch.setattr(checkpoint.os, "replace", not_moved)
-    with pytest.raises(error):
-        small_model(1, dtype=torch.float32).save_pretrained(saved)
-    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+ONE, MANY = "5GB", "12KB"  # max_shard_size: a file, or shards
 
 
-def test_a_save_that_is_cut_short_while_tidying_up_can_be_loaded(small_model, shards, monkeypatch):
-    model, unlink, removed = small_model(1, dtype=torch.float32), Path.unlink, []
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """Only a power failure needs it, and it takes most of the time of a small save."""
+    monkeypatch.setattr(writing.os, "fsync", lambda handle: None)
 
-    def once(path, **kwargs):
-        if path.suffix != ".part":
-            if removed:
-                raise KeyboardInterrupt
-            removed.append(path)
-        unlink(path, **kwargs)
 
-    monkeypatch.setattr(Path, "unlink", once)
-    with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(shards)
-    assert_equal(model, checkpoint.load(shards))
+class At:
+    """`with At(n, act)`: call act before the n-th line of minirec.files.writing that runs."""
+
+    def __init__(self, n: int, act):
+        self.left, self.act = n, act
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(self.before)
+
+    def trace(self, frame, event, arg):
+        if frame.f_code.co_filename != writing.__file__:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                self.act()
+        return self.trace
+
+
+def lines_of(action) -> int:
+    """How many lines of minirec.files.writing an action runs."""
+    with At(0, None) as counter:
+        action()
+    return -counter.left
+
+
+def interrupted(n: int, action) -> None:
+    """Do an action that Ctrl-C stops before its n-th line."""
+
+    def stop():
+        raise KeyboardInterrupt
+
+    try:
+        with At(n, stop):
+            action()
+    except KeyboardInterrupt:
+        return
+    pytest.fail("it was not interrupted")
+
+
+def killed(n: int, action) -> None:
+    """Do an action in a process that dies before its n-th line, as by kill -9."""
+    if (child := os.fork()) == 0:
+        with At(n, lambda: os._exit(9)):
+            action()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def two_models(small_model) -> tuple[RecurrentDepthLM, RecurrentDepthLM]:
+    """Models of one shape that differ in weights, config and generation config."""
+    old = copy.deepcopy(small_model(0, dtype=torch.float32))
+    new = copy.deepcopy(small_model(1, dtype=torch.float32, mean_recurrence=5, rope_base=77.0))
+    old.generation_config = {"eos_token_id": [3]}
+    return old, new
+
+
+def which_is_in(folder: Path, *models: RecurrentDepthLM) -> int:
+    """Which of these models the folder holds, whole: config, weights and generation config."""
+    loaded = checkpoint.load(folder)
+    (found,) = [i for i, m in enumerate(models) if m.config == loaded.config]
+    assert_equal(models[found], loaded)
+    assert loaded.generation_config == models[found].generation_config
+    return found
+
+
+CHANGES = pytest.mark.parametrize(("before", "after"), [(ONE, ONE), (MANY, MANY), (MANY, ONE), (ONE, MANY)])
+
+
+@CHANGES
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("no_fsync")
+def test_a_save_that_is_stopped_leaves_the_old_checkpoint_or_the_new(small_model, tmp_path, before, after, how, every):
+    """Stopped before any line of the code that writes files; and the next save leaves nothing but its own files."""
+    models = old, new = two_models(small_model)
+    clean = tmp_path / "clean"
+    old.save_pretrained(clean, max_shard_size=before)
+    total = lines_of(lambda: new.save_pretrained(shutil.copytree(clean, tmp_path / "count"), max_shard_size=after))
+    found = []
+    for n in [*range(1, total - every, every), *range(total - every, total + 1, max(1, every // 5))]:
+        folder = shutil.copytree(clean, tmp_path / str(n))
+        stopped = {"interrupt": interrupted, "kill": killed}[how]
+        stopped(n, lambda folder=folder: new.save_pretrained(folder, max_shard_size=after))
+        found.append(which_is_in(folder, *models))
+        old.save_pretrained(folder, max_shard_size=ONE)
+        assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}, n
+        shutil.rmtree(folder)
+    assert found == sorted(found) and set(found) == {0, 1}, "old up to one line, new from then on"
+
+
+@pytest.mark.parametrize("after", [ONE, MANY])
+@pytest.mark.usefixtures("no_fsync")
+def test_a_first_save_that_is_stopped_leaves_nothing_or_everything(small_model, tmp_path, after):
+    _, new = two_models(small_model)
+    total = lines_of(lambda: new.save_pretrained(tmp_path / "count", max_shard_size=after))
+    for n in range(1, total + 1, 17):
+        folder = tmp_path / str(n)
+        interrupted(n, lambda folder=folder: new.save_pretrained(folder, max_shard_size=after))
+        if folder.exists() and checkpoint.locate(folder) and (folder / "config.json").exists():
+            assert_equal(new, checkpoint.load(folder))
+        new.save_pretrained(folder)
+        assert_equal(new, checkpoint.load(folder))
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_reading_that_finishes_a_save_may_be_stopped_too(small_model, tmp_path):
+    models = old, new = two_models(small_model)
+    old.save_pretrained(tmp_path / "saved", max_shard_size=MANY)
+    committed = tmp_path / "committed"
+
+    def kept(folder, owned):
+        if (folder / writing.SAVED).exists():
+            shutil.copytree(folder, committed)
+        publish(folder, owned)
+
+    publish = writing._publish
+    with mock.patch.object(writing, "_publish", kept):
+        new.save_pretrained(tmp_path / "saved", max_shard_size=MANY)
+    total = lines_of(lambda: writing.publish(shutil.copytree(committed, tmp_path / "count"), checkpoint.OWNED))
+    for n in range(1, total + 1, 3):
+        folder = shutil.copytree(committed, tmp_path / str(n))
+        interrupted(n, lambda folder=folder: checkpoint.locate(folder))
+        assert which_is_in(folder, *models) == 1
+        assert {p.name for p in folder.iterdir() if p.name.startswith(".")} <= {".lock"}, "which holds nobody up"
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_a_reader_meets_a_checkpoint_of_one_save(small_model, tmp_path):
+    """While another process saves every few moments, now one file and now shards."""
+    models = two_models(small_model)
+    models[0].save_pretrained(tmp_path)
+    child = os.fork()
+    if child == 0:
+        for i in range(10**6):
+            time.sleep(0.05)
+            models[i % 2].save_pretrained(tmp_path, max_shard_size=(ONE, MANY)[i % 4 // 2])
+    try:
+        assert {which_is_in(tmp_path, *models) for _ in range(40)} == {0, 1}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    which_is_in(tmp_path, *models)
+
+
+def test_while_one_process_saves_another_may_not(small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "PATIENCE", 0.1)
+    old, new = two_models(small_model)
+    old.save_pretrained(tmp_path)
+    with writing.locked(tmp_path / writing.LOCK, "is saving to it"):
+        with pytest.raises(OSError, match=rf"{tmp_path} is in use: process {os.getpid()} on .* is saving to it"):
+            new.save_pretrained(tmp_path)
+        assert which_is_in(tmp_path, old, new) == 0
+    new.save_pretrained(tmp_path)
+
+
+def test_shards_never_take_the_names_of_older_ones(small_model, tmp_path):
+    """So that the old index and its shards stay whole for every library until the new index is there."""
+    names = []
+    for seed in range(3):
+        small_model(seed, dtype=torch.float32).save_pretrained(tmp_path, max_shard_size=MANY)
+        names.append({p.name for p in tmp_path.glob("model-*.safetensors")})
+        assert set(json.loads((tmp_path / checkpoint.INDEX).read_text())["weight_map"].values()) == names[-1]
+    assert not names[0] & names[1] and not names[1] & names[2]
+    assert all(re.fullmatch(r"model-0000\d-of-0000\d\.safetensors", name) for name in names[0] | names[2])
+
+
+def test_what_a_killed_write_left_is_removed_but_not_what_a_living_one_writes(tmp_path):
+    with writing.temporary(tmp_path, "file.txt") as living:
+        left = tmp_path / ".file.txt.abcd1234.part"
+        left.mkdir()
+        (left / "file.txt").write_text("half")
+        writing.write_whole(tmp_path / "file.txt", lambda path: Path(path).write_text("whole"))
+        assert not left.exists() and living.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("names", ["[", "{}", '["../outside.json"]', '["config.json", "notes.md"]', "[1]", "[" * 10**5])
+def test_a_folder_from_somebody_else_moves_no_other_files(model, saved, names):
+    (saved / ".saved").mkdir()
+    (saved / ".saved" / "files.json").write_text(names)
+    (saved / ".saved" / "notes.md").write_text("theirs")
+    assert_refused(saved, "files.json does not list the files of a checkpoint")
+    assert not (saved / "notes.md").exists()
+
+
+# ---- a disk that refuses
+
+
+def limited(size: int, action) -> OSError:
+    """What an action raises in a process whose files may not grow beyond size, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError) as refused:
+            action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    return refused.value
+
+
+@CHANGES
+@pytest.mark.parametrize("size", [0, 500, 5000])  # a file of weights takes more, config.json about 1,500
+def test_a_full_disk_is_an_error_that_names_the_file(small_model, tmp_path, before, after, size):
+    old, new = two_models(small_model)
+    old.save_pretrained(tmp_path, max_shard_size=before)
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    error = limited(size, lambda: new.save_pretrained(tmp_path, max_shard_size=after))
+    assert Path(error.filename).parent in (tmp_path, tmp_path.parent) and "part" not in error.filename
+    assert "\n" not in str(error) and error.strerror == os.strerror(error.errno)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+
+
+def test_a_full_disk_while_one_file_is_written(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    error = limited(10, lambda: writing.write_json(tmp_path / "a.json", {"key": "much longer than that"}))
+    assert error.filename == str(tmp_path / "a.json") and (tmp_path / "a.json").read_text() == "{}"
+    error = limited(10, lambda: writing.write_whole(tmp_path / "tokenizer.json", task_tokenizer().save))
+    assert error.filename == str(tmp_path / "tokenizer.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.fixture
+def nobody():
+    """A folder, and the rights of a user who owns nothing, for a test that root runs."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    yield folder, (lambda: os.seteuid(65534) if root else None)
+    if root:
+        os.seteuid(0)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_without_permission_the_error_says_so(small_model, nobody):
+    folder, drop = nobody
+    model = small_model(dtype=torch.float32)
+    model.save_pretrained(folder / "saved")
+    (folder / "saved" / checkpoint.WEIGHTS).chmod(0)
+    (folder / "saved").chmod(0o555)
+    drop()
+    for action, named in [
+        (lambda: checkpoint.load(folder / "saved"), folder / "saved" / checkpoint.WEIGHTS),
+        (lambda: model.save_pretrained(folder / "saved"), folder / "saved"),
+        (lambda: writing.write_json(folder / "saved" / "a.json", {}), folder / "saved" / "a.json"),
+    ]:
+        with pytest.raises(PermissionError) as refused:
+            action()
+        assert refused.value.filename == str(named) and "Permission denied" in str(refused.value)
 
 
 # ---- what does not fit
@@ -266,6 +656,169 @@ def test_json_that_is_none(saved, file, text, words):
 def test_a_config_of_something_else(saved, changes, words):
     edit_json(saved / "config.json", **changes)
     assert_refused(saved, str(saved / "config.json"), words)
+
+
+SIZES = ["n_embd", "n_heads", "intermediate_size", "vocab_size", "block_size", "n_layers_in_prelude",
+         "n_layers_in_recurrent_block", "n_layers_in_coda", "mean_recurrence", "mean_backprop_depth"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [True, False, 0, -1, 10**9, 6 * 10**9, 10**30, 2.0, "2", None, [2], {}])
+def test_a_size_that_no_model_has_is_named_at_once(saved, name, value):
+    edit_json(saved / "config.json", **{name: value})
+    assert_refused(saved, f"config.json: {name} is {value!r}; it must be a whole number from 1 to")
+
+
+def test_a_large_number_of_layers_is_named_at_once(saved):
+    for name in SIZES[5:8]:
+        edit_json(saved / "config.json", **{name: 10**7})
+        assert_refused(saved, f"{name} is 10000000")
+        edit_json(saved / "config.json", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_eps": float("inf")}, "norm_eps is inf"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"norm_eps": 1e-46}, "norm_eps is 1e-46"),  # zero in float32
+        ({"norm_eps": True}, "norm_eps is True"),
+        ({"rope_base": 1e300}, "rope_base is 1e+300"),
+        ({"rope_base": "50000"}, "rope_base is '50000'"),
+        ({"qk_bias": 1}, "qk_bias is 1; it must be true or false"),
+        ({"qk_bias": "false"}, "qk_bias is 'false'"),
+        ({"tie_embeddings": None}, "tie_embeddings is None; it must be true or false"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'; it must be a whole number from 0 to 22, a list of such numbers"),
+        ({"eos_token_id": [2, "3"]}, "eos_token_id is [2, '3']"),
+        ({"eos_token_id": [2, True]}, "eos_token_id is [2, True]"),
+        ({"eos_token_id": 23}, "eos_token_id is 23"),
+        ({"bos_token_id": True}, "bos_token_id is True"),
+        ({"bos_token_id": [1]}, "bos_token_id is [1]"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"state_init": "zero"}, "state_init is 'zero'; minirec supports 'like-init'"),
+        ({"init_values": {"embed_scale": 1.0}}, "init_values.embed_scale is 1.0; minirec supports 4.0"),
+        ({"init_values": {"std": "x"}}, "init_values.std is 'x'"),
+        ({"model_type": "\x1b[2Jx" * 500}, "'\\x1b[2Jx"),
+        ({"model_type": ["huginn_raven"]}, "model_type is ['huginn_raven']"),
+        ({"nonlin_name": "\x9b2J"}, "nonlin_name is '\\x9b2J'"),
+    ],
+)
+def test_a_value_that_is_none_is_named(saved, changes, words):
+    edit_json(saved / "config.json", **changes)
+    assert_refused(saved, "config.json: ", words)
+
+
+@pytest.mark.parametrize("stop", [None, 3, [3], [3, 4], []])
+@pytest.mark.parametrize("generation", ["absent", "silent", None, 5, [5, 6], []])
+def test_stop_tokens_may_be_one_several_or_none(saved, stop, generation):
+    """generation_config.json counts where it says something, null included, as in transformers."""
+    edit_json(saved / "config.json", eos_token_id=stop)
+    path = saved / "generation_config.json"
+    if generation == "absent":
+        path.unlink()
+    else:
+        path.write_text(json.dumps({"top_k": 5} if generation == "silent" else {"eos_token_id": generation}))
+    said = stop if generation in ("absent", "silent") else generation
+    expected = set() if said is None else {said} if isinstance(said, int) else set(said)
+    model = checkpoint.load(saved)
+    assert stop_tokens(model) == expected
+    model.save_pretrained(saved.parent / "again")
+    assert stop_tokens(checkpoint.load(saved.parent / "again")) == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"diffusion_forcing": None},
+        {"lossless_wavefront": None},
+        {"diffusion_forcing": {}},
+        {"diffusion_forcing": {"inner_steps": None, "kv": None}},
+        {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": None, "temperature": 0.7, "top_p": None},
+    ],
+)
+def test_legal_settings_are_read_and_used(saved, values):
+    (saved / "generation_config.json").write_text(json.dumps(values))
+    model = checkpoint.load(saved)
+    for sampler in (diffusion_forcing, lossless_wavefront):
+        assert len(sampler.generate(model, [1, 2], 3, stop_tokens=()).tokens) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ({"eos_token_id": [2, 99]}, "eos_token_id is [2, 99]"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id is {'a': 1}"),
+        ({"diffusion_forcing": 3}, "diffusion_forcing is 3; it must be an object or null"),
+        ({"diffusion_forcing": []}, "diffusion_forcing is []"),
+        ({"diffusion_forcing": {"inner_steps": 0}}, "diffusion_forcing.inner_steps is 0"),
+        ({"diffusion_forcing": {"inner_steps": True}}, "diffusion_forcing.inner_steps is True"),
+        ({"diffusion_forcing": {"exit_threshold": "0.2"}}, "diffusion_forcing.exit_threshold is '0.2'"),
+        ({"diffusion_forcing": {"exit_threshold": 1e400}}, "diffusion_forcing.exit_threshold is inf"),
+        ({"diffusion_forcing": {"kv": "\x1b[2J"}}, "diffusion_forcing.kv is '\\x1b[2J'; it must be 'full' or 'shared'"),
+        ({"lossless_wavefront": {"guess_after": 10**30}}, "lossless_wavefront.guess_after is 1000"),
+    ],
+)
+def test_a_setting_that_is_none_is_named(saved, values, words):
+    (saved / "generation_config.json").write_text(json.dumps(values))
+    assert_refused(saved, "generation_config.json: ", words)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", checkpoint.INDEX])
+def test_json_that_is_nested_too_deeply(saved, file):
+    (saved / file).write_text('{"a":' * 10**5 + "1" + "}" * 10**5)
+    assert_refused(saved, str(saved / file), "nested too deeply")
+
+
+def test_names_of_tensors_reach_no_terminal(saved, shards):
+    """A tensor's name is any text, and errors show it."""
+    evil = "\x1b]52;c;ZXZpbA==\x07\x9b2J\n" + "x" * 5000
+    edit_tensors(saved, **{evil: torch.zeros(1)})
+    assert_refused(saved, "\\x1b]52;c;ZXZpbA==\\x07\\x9b2J x")
+    edit_json(saved / "config.json", model_type="llama")
+    assert_refused(saved, "it holds")
+    where = json.loads((shards / checkpoint.INDEX).read_text())["weight_map"]
+    for changed in ({evil: where[WTE]}, {WTE: evil + ".safetensors"}):
+        edit_json(shards / checkpoint.INDEX, weight_map=where | changed)
+        assert_refused(shards, "\\x1b]52")
+
+
+# ---- files that somebody spoilt at random
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", checkpoint.INDEX, ".saved/files.json"])
+@pytest.mark.parametrize("spoil", ["json", "bytes"])
+def test_a_spoilt_file_is_loaded_or_one_clear_error(shards, file, spoil):
+    random = Random(f"{file} {spoil}")
+    if file == ".saved/files.json":
+        (shards / ".saved").mkdir()
+        (shards / file).write_text(json.dumps([checkpoint.INDEX, "config.json"]))
+    content, refused = (shards / file).read_bytes(), 0
+    for _ in range(60):
+        if spoil == "json":
+            (shards / file).write_text(json.dumps(spoilt_json(json.loads(content), random)))
+        else:
+            (shards / file).write_bytes(spoilt_bytes(content, random))
+        try:
+            checkpoint.load(shards)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 1000, error
+            refused += 1
+        (shards / file).parent.mkdir(exist_ok=True)
+        (shards / file).write_bytes(content)
+    assert refused > 5
+
+
+def test_spoilt_weights_are_loaded_or_one_clear_error(saved):
+    random, path = Random(0), saved / checkpoint.WEIGHTS
+    content = path.read_bytes()
+    for _ in range(60):
+        path.write_bytes(spoilt_bytes(content[:3000], random) + content[3000:])
+        try:
+            checkpoint.load(saved)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 1000, error
 
 
 def test_another_architecture_is_described(saved, shards):
@@ -681,13 +1234,25 @@ def test_shards_that_cannot_be(shape, tmp_path, shards):
 def test_a_made_checkpoint_is_there_whole_or_not_at_all(shape, tmp_path, monkeypatch):
     written = []
 
-    def interrupted(tensors, path, **kwargs):
+    def interrupted(tensors, path, metadata):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path)
-        save_file(tensors, path, **kwargs)
+        save_file(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.make_random(shape, tmp_path / "made", shards=4)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_a_made_checkpoint_may_be_made_again_after_it_was_killed(shape, tmp_path):
+    total = lines_of(lambda: checkpoint.make_random(shape, tmp_path / "count", shards=2))
+    for n in range(1, total, 19):
+        folder = tmp_path / str(n)
+        killed(n, lambda folder=folder: checkpoint.make_random(shape, folder, shards=2))
+        if not folder.exists() or not (checkpoint.locate(folder) / "config.json").exists():
+            checkpoint.make_random(shape, folder, shards=2)
+        assert checkpoint.load(folder).config == shape
+        assert {p.name for p in folder.iterdir()} - {".lock"} == {p.name for p in (tmp_path / "count").iterdir()}

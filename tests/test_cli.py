@@ -23,6 +23,7 @@ import minirec
 from minirec import (
     RecurrentConfig,
     RecurrentDepthLM,
+    adaptive_exit,
     autoregressive,
     diffusion_forcing,
     lossless_wavefront,
@@ -118,6 +119,19 @@ def test_demo_shows_answers_and_a_table_and_draws_the_picture(minirec_, tmp_path
             assert p.text in out and f"the right answer is {p.answer}" in out
             assert task_tokenizer().decode(g.tokens) in out
     assert table["speed-up"][0] == table["speed-up, median of the problems"][0] == "1.00x"
+    adaptive = [adaptive_exit.generate(model, p.prompt, demo.ROOM) for p in problems]
+    depth = int(re.search(r"^plain, r = (\d+): the smallest depth", out, re.MULTILINE)[1])
+    plain = [autoregressive.generate(model, p.prompt, demo.ROOM, num_steps=depth) for p in problems]
+    for column, generations in [(3, adaptive), (4, plain)]:
+        passes = sum(g.passes for g in generations) / sum(len(g.tokens) for g in generations)
+        assert table["recurrent-block passes per token"][column] == f"{passes:.2f}"
+    others = tasks.heldout(demo.OTHERS, seed=6)
+
+    def solved(r):
+        done = autoregressive.generate(model, [p.prompt for p in others], demo.ROOM, num_steps=r)
+        return sum(p.is_correct(g.tokens) for p, g in zip(others, done, strict=True))
+
+    assert solved(depth) >= solved(12) and all(solved(r) < solved(12) for r in range(1, depth))
     assert image.imread(picture).shape[1] == 1200
     assert os.listdir(tmp_path) == ["wave.png"]
 
@@ -586,7 +600,7 @@ def test_info_reads_no_weights(minirec_, folder, monkeypatch):
     count = sum(p.numel() for p in RecurrentDepthLM(config).parameters())
     assert code == 0 and f"{count:,}" in out and f"{4 * count / 2**20:.4g} MiB" in out
     for kv, slots in [("full", 12), ("shared", 1), ("shared", 2), ("shared", 4), ("shared", 8)]:
-        size = bytes_per_token(config, 12, kv, slots, torch.float32) / 1024
+        size = bytes_per_token(config, 12, kv, slots if kv == "shared" else 1, torch.float32) / 1024
         (line,) = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x]
         assert f" {size:.4g} KiB" in line
 
@@ -603,7 +617,8 @@ def test_info_counts_what_fits(minirec_):
     for kv, slots in [("full", 32), ("shared", 1), ("shared", 4), ("shared", 16)]:
         line = [x for x in out.splitlines() if f"{kv}, {slots} slot" in x][1]
         for dtype in (torch.float32, torch.bfloat16):
-            fit = (24 * 10**9 - parameters * dtype.itemsize) // bytes_per_token(config, 32, kv, slots, dtype)
+            size = bytes_per_token(config, 32, kv, slots if kv == "shared" else 1, dtype)
+            fit = (24 * 10**9 - parameters * dtype.itemsize) // size
             assert f" {fit:,} = {fit // 4096:,} slots" in line
     assert " 0 = 0 slots" in minirec_("info", "--preset", "huginn_3_5b", "--memory", "10GiB")[1]
 
@@ -1387,6 +1402,52 @@ def test_a_value_error_that_no_raise_of_minirec_made_is_a_bug(folder, monkeypatc
         cli.main(["generate", "--model", str(folder), "--max-new-tokens", "2", STORY])
 
 
+@pytest.mark.parametrize("file", ["config.py", "files/tokenizer.py", "tools/cli/deeper/still.py"])
+@pytest.mark.parametrize(
+    "source, shown",
+    [
+        ("raise ValueError('bad input')", True),
+        ("if self: raise ValueError(\n    'bad'\n    ' input'\n)", True),
+        ("try:\n    int('x')\nexcept ValueError:\n    raise ValueError('bad input') from None", True),
+        ("raise FloatingPointError('bad input')", True),
+        ("raise MemoryError('bad input')", True),
+        ("raise OSError('bad input')", True),
+        ("raise FileExistsError(17, 'input', 'bad')", True),
+        ("bytearray(2**62)", True),
+        ("open('/nowhere/at/all')", True),
+        ("raise KeyError('bad input')", False),
+        ("raise RuntimeError('bad input')", False),
+        ("raise_ = int('bad input')", False),
+        ("try:\n    int('x')\nexcept ValueError:\n    raise", False),
+        ("[].remove(2)", False),
+    ],
+)
+def test_errors_of_a_raise_statement_anywhere_in_the_package_are_about_the_input(
+    minirec_, monkeypatch, file, source, shown
+):
+    body = source.replace("\n", "\n    ")
+    namespace, path = {}, Path(minirec.__file__).parent / file
+    exec(compile(f"def end(self):\n    {body}\n", str(path), "exec"), namespace)
+    monkeypatch.setattr(Stream, "end", namespace["end"])
+    args = ["generate", "--max-new-tokens", 1, STORY]
+    if shown:
+        assert_one_error(minirec_(*args))
+    else:
+        with pytest.raises(Exception) as error:
+            minirec_(*args)
+        assert not isinstance(error.value, SystemExit)
+
+
+def test_a_raise_statement_elsewhere_is_a_bug(monkeypatch):
+    namespace = {}
+    exec(
+        compile("def end(self):\n    raise ValueError('no input')\n", "/elsewhere/minirec/config.py", "exec"), namespace
+    )
+    monkeypatch.setattr(Stream, "end", namespace["end"])
+    with pytest.raises(ValueError, match="no input"):
+        cli.main(["generate", "--max-new-tokens", "1", STORY])
+
+
 # ---- Ctrl-C
 
 
@@ -1412,7 +1473,8 @@ def test_ctrl_c_while_drawing_leaves_the_old_picture_whole(minirec_, tmp_path, m
     for before in [None, b"the old one"]:
         if before:
             picture.write_bytes(before)
-        code, _, err = minirec_("demo", "--problems", 1, "--out", picture)
+        shallow = ["--num-steps", 1, "--inner-steps", 1, "--guess-after", 1]
+        code, _, err = minirec_("demo", "--problems", 1, *shallow, "--out", picture)
         assert code == 130 and "Traceback" not in err
         assert os.listdir(tmp_path) == (["w.png"] if before else [])
     assert picture.read_bytes() == b"the old one"

@@ -1,12 +1,18 @@
 """Course table, badges, citation and site: what readers find outside the notebooks and the package."""
 
+import doctest
+import inspect
 import json
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
+from importlib import import_module
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import yaml
 
@@ -111,11 +117,140 @@ def test_the_changelog_has_this_version():
     assert f"\n## {minirec.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_every_module_is_on_one_page_of_the_site():
+def reference() -> dict[str, list[str]]:
+    """Module -> its members on the pages of the reference."""
     pages = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.rst")))
-    listed = re.findall(r"^\.\. automodule:: minirec\.(\w+)$", pages, re.MULTILINE)
-    modules = [path.stem for path in (ROOT / "minirec").glob("*.py") if path.stem != "__init__"]
-    assert sorted(listed) == sorted([*modules, "continuous_batching"]), "docs/*.rst: one automodule for each module"
+    listed = re.findall(r"^\.\. automodule:: (\S+)$(?:\n   :members: (.+))?", pages, re.MULTILINE)
+    assert len({module for module, _ in listed}) == len(listed), "a module is documented twice"
+    return {module: members.split(", ") if members else [] for module, members in listed}
+
+
+def test_every_module_is_on_a_page_of_the_site():
+    """Itself, or the package it belongs to."""
+    listed = reference()
+    folders = {"minirec.files", "minirec.figures", "minirec.tools"}  # what they hold is listed one by one
+    for module in pkgutil.walk_packages(minirec.__path__, "minirec."):
+        above = module.name.rpartition(".")[0]
+        assert module.name in folders | listed.keys() or above in listed, f"docs/*.rst: no automodule for {module.name}"
+
+
+def test_what_the_site_lists_is_there():
+    for module, members in reference().items():
+        if module != "minirec.tools.lm_eval_adapter":  # needs lm-eval
+            there = vars(import_module(module))
+            assert [name for name in members if name not in there] == [], module
+
+
+SESSION, *EXAMPLES = re.split(
+    r"^# (minirec\.\S+)\n", (ROOT / "docs/examples.txt").read_text(encoding="utf-8"), flags=re.MULTILINE
+)
+EXAMPLES = dict(zip(EXAMPLES[::2], EXAMPLES[1::2], strict=True))
+
+
+def test_every_function_of_the_reference_has_an_example():
+    listed = [
+        f"{module}.{name}"
+        for module, members in reference().items()
+        for name in members
+        if inspect.isfunction(getattr(import_module(module), name))
+    ]
+    assert [name for name in listed if name not in EXAMPLES] == [], "docs/examples.txt: these have no example"
+
+
+def test_the_examples_give_what_they_say(tmp_path, monkeypatch):
+    """In one session, in an empty folder; a later example may use what an earlier one made."""
+    monkeypatch.chdir(tmp_path)
+    names, report = {}, []
+    exec(textwrap.dedent(SESSION[SESSION.index("\n\n    ") :]), names)
+    for name, example in EXAMPLES.items():
+        assert name.rpartition(".")[2] in reference()[name.rpartition(".")[0]], f"{name} has an example, but no page"
+        session = doctest.DocTestParser().get_doctest(example, names, name, None, 0)
+        session.globs = names  # not a copy
+        results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, out=report.append, clear_globs=False)
+        assert results.attempted, f"{name}: no example"
+        plt.close("all")
+    assert not report, "".join(report)
+
+
+# --- README ---
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_of_the_readme_runs(capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(code.splitlines()) <= 12
+    exec(code, {})
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["True", "True"]
+
+
+def test_the_readme_is_short_and_its_table_of_results_too():
+    assert len(README.split()) < 1400
+    (results,) = re.findall(r"^## Results\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    rows = [line for line in results.splitlines() if line.startswith("|")][2:]
+    assert 1 <= len(rows) <= 5
+    assert rows[0].startswith("| autoregressive, r = 8 |") and any("adaptive exit" in row for row in rows)
+
+
+def test_the_results_in_the_readme_are_those_of_the_benchmark():
+    """Speed over the smallest sufficient depth, all problems together; answers; recurrent passes per token."""
+    results = (ROOT / "benchmarks/results/samplers.md").read_text(encoding="utf-8").partition("\n## all families")[2]
+    speed, work = (
+        {
+            row[0]: row[1:]
+            for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines())
+            if row
+        }
+        for part in results.split("\n\n")[1:3]
+    )
+    names = {
+        "autoregressive, r = 8": "autoregressive, r = 8",
+        "adaptive exit": "adaptive exit, threshold 0.4, exit_in_prefill True, num_steps 8",
+        "diffusion forcing": "diffusion forcing, exit_threshold 0.4, num_steps 8",
+        "self-speculative": "speculative, draft_steps 1, lookahead 4, num_steps 8",
+        "lossless wavefront": "lossless wavefront, guess_after 2, num_steps 8",
+    }
+    shown = re.findall(r"^\| ([^|]+) \| \**([\d.]+)\** \| ([\d.]+) % \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert len(shown) == len(names)
+    for (label, over, right, passes), (start, name) in zip(shown, names.items(), strict=True):
+        assert label.startswith(start)
+        assert float(over) == float(speed[name][-1])
+        assert float(right) == pytest.approx(float(speed[name][0].rstrip(" %")), abs=0.05)
+        assert float(passes) == pytest.approx(float(work[name][0].split()[0]), abs=0.051)
+
+
+def test_the_course_in_the_readme_is_the_course():
+    rows = re.findall(r"^\| \[(.+?)\]\(notebooks/(\S+\.ipynb)\) \| (\d+) \|", README, re.MULTILINE)
+    assert [(file, title, minutes) for title, file, minutes in rows] == [
+        (file, title, minutes) for file, (title, minutes, *_) in course_table().items()
+    ]
+
+
+def test_the_file_tree_of_the_readme_is_that_of_the_package():
+    (tree,) = re.findall(r"^```text\n(minirec/\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (inside,) = re.findall(r"^minirec/\n((?:  .*\n)+)", tree, re.MULTILINE)
+    named = {word.partition("/")[0].removesuffix(".py") for line in inside.splitlines() for word in line.split()}
+    own = (path for path in (ROOT / "minirec").iterdir() if path.name[0] not in "._")
+    there = {path.stem for path in own}
+    assert there <= named, "README.md: What is where"
+    for word in re.findall(r"\S+\.py", inside):
+        assert (ROOT / "minirec" / word).is_file(), word
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_of_readme_and_pages_lead_to_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_landing_page_leads_to_the_first_notebook_and_has_three_cards():
+    page = (ROOT / "docs/_templates/index.html").read_text(encoding="utf-8")
+    assert f"pathto('notebooks/{NOTEBOOKS[0].stem}')" in page
+    assert page.count('class="card"') == 3 and "race.svg" in page
+    for target in re.findall(r"pathto\('([^',]+)'\)", page):
+        assert target == "genindex" or list(ROOT.glob(f"{target}.*")), target
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path):

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -163,12 +165,50 @@ def test_ci_tests_every_supported_python():
     ]
 
 
+KEPT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "runs", "build", "dist", "_build")
+
+
+def test_the_sdist_ships_no_tests_and_builds_the_wheel_of_the_clone(tmp_path):
+    """Tests need the notebooks, the numbers in golden/ and more, which are only in a clone."""
+    needed = next(r for r in PYPROJECT["build-system"]["requires"] if r.startswith("setuptools"))
+    try:
+        if metadata.version("setuptools") not in Requirement(needed).specifier:
+            pytest.skip(f"needs {needed}")
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"needs {needed}")
+
+    def built(kind: str, folder: Path) -> Path:
+        code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(tmp_path)!r}))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / done.stdout.split()[-1]
+
+    def files_of(wheel: Path) -> list[str]:
+        with zipfile.ZipFile(wheel) as archive:
+            return sorted(archive.namelist())
+
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=KEPT_OUT)
+    with tarfile.open(built("sdist", clone)) as archive:
+        parts = [Path(name).parts[1:] for name in archive.getnames()]
+        archive.extractall(tmp_path, filter="data")
+    tops = {own[0] for own in parts if own}
+    own = {"minirec", "minirec.egg-info", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml"}
+    assert tops == own | {"setup.cfg"}
+    of_clone = files_of(built("wheel", clone))
+    (unpacked,) = tmp_path.glob("minirec-*/")
+    assert files_of(built("wheel", unpacked)) == of_clone
+    assert {name.partition("/")[0] for name in of_clone} == {"minirec", f"minirec-{minirec.__version__}.dist-info"}
+    for path in (clone / "minirec").rglob("*.*"):
+        if path.suffix in (".py", ".json", ".safetensors", ".html"):
+            assert path.relative_to(clone).as_posix() in of_clone
+
+
 @pytest.mark.slow
 def test_what_the_set_up_cells_say_to_install_is_enough_in_a_fresh_environment(tmp_path):
     """Needs a package registry; the versions are those of constraints.txt."""
     clone, home = tmp_path / "clone", tmp_path / "elsewhere"
-    kept_out = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "runs", "build", "dist", "_build")
-    shutil.copytree(ROOT, clone, ignore=kept_out)
+    shutil.copytree(ROOT, clone, ignore=KEPT_OUT)
     home.mkdir()
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv/bin/python")

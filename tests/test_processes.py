@@ -22,7 +22,7 @@ TRAIN = (
 GIVES_UP = """
 import os, sys
 from minirec import training
-from minirec.files import checkpoint
+from minirec.files import checkpoint, run
 from minirec.tools import cli
 loss, calls = training.depth_loss, []
 def gives_up(*args):
@@ -30,10 +30,11 @@ def gives_up(*args):
     if len(calls) == 5:
         os._exit(3)
     return loss(*args)
-def refused(path, write):
+def refused(*args):
     os._exit(4)
 if os.environ["RANK"] == "1":
-    training.depth_loss, checkpoint.write_whole = gives_up, refused
+    training.depth_loss = gives_up
+    run.write_whole = checkpoint.save = refused
 sys.exit(cli.main(sys.argv[1:]))
 """
 

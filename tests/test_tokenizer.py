@@ -1,7 +1,16 @@
 """The task vocabulary: one token a word, one a digit, and back again."""
 
+import functools
+import gc
+import importlib.util
 import json
+import shutil
+import sys
+import unicodedata
 from itertools import pairwise
+from pathlib import Path
+from random import Random
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -9,7 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from minirec import RecurrentConfig
-from minirec.files import checkpoint
+from minirec.files import checkpoint, tokenizer
+from minirec.files.machine import one_line, printable
 from minirec.files.tokenizer import (
     HUGINN_TEMPLATE,
     ChatTemplate,
@@ -18,6 +28,10 @@ from minirec.files.tokenizer import (
     stand_in_tokenizer,
 )
 from minirec.tasks import BEGIN, DIGITS, END, LETTERS, PAD, VOCABULARY, task_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent / "chat_templates"))
+import make_expected
+from spoiling import spoilt_bytes, spoilt_json
 
 WORDS = [w for w in VOCABULARY if w.isalpha()]
 
@@ -279,3 +293,243 @@ def test_a_template_that_does_not_work_or_may_not(folder, template, words):
     write(folder, chat_template=template)
     with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{words}"):
         read(folder)
+
+
+@pytest.mark.parametrize("changes", [{"bos_token": None}, {}, {"bos_token": None, "add_bos_token": True}])
+def test_a_token_that_is_null_is_nothing(folder, changes):
+    write(folder, chat_template="{{ bos_token }}" + CHATML, **changes)
+    assert read(folder).render(TALK).startswith("<|im_start|>system\n")
+
+
+@pytest.mark.parametrize("token", [3, ["<s>"], {"content": 3}, {"id": 1}, 1.5])
+def test_a_token_that_is_none_is_named(folder, token):
+    write(folder, chat_template=CHATML, bos_token=token)
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: bos_token is .*; it must be a token or null"):
+        read(folder)
+
+
+def test_of_several_templates_the_default_counts(folder):
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
+    write(folder, chat_template=named)
+    assert read(folder).render(TALK).startswith("<|im_start|>system\n")
+    for wrong in (named[:1], [], [3], [{"name": ["default"], "template": CHATML}]):
+        write(folder, chat_template=wrong)
+        with pytest.raises(ValueError, match="no chat template is named 'default'"):
+            read(folder)
+    write(folder, chat_template=[{"name": "default"}])
+    with pytest.raises(ValueError, match="has no chat template"):
+        read(folder)
+
+
+def test_a_template_is_utf_8(folder):
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is not UTF-8"):
+        read(folder)
+    (folder / "chat_template.jinja").write_text(CHATML.replace("<|im_start|>", "é"), encoding="utf-8")
+    assert read(folder).render(TALK).startswith("ésystem\n")
+
+
+# ---- as transformers renders them
+
+
+class Written(ChatTemplate):
+    """A template that does not have to show who speaks."""
+
+    def _look(self):
+        return "", None
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """What we make of a case, None if it is refused."""
+
+    @functools.cache
+    def template(name: str, special: str) -> Written:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "tokenizer_config.json").write_text(json.dumps(make_expected.SPECIAL[special]))
+        shutil.copy(make_expected.HERE / f"{name}.jinja", folder / "chat_template.jinja")
+        return Written(folder, task_tokenizer())
+
+    def render(name: str, conversation: str, special: str, more: str) -> str | None:
+        try:
+            return template(name, special).render(**make_expected.arguments(conversation, more))
+        except ValueError:
+            return None
+
+    return render
+
+
+@pytest.mark.parametrize("name", sorted({case[0] for case in make_expected.cases()}))
+def test_templates_render_as_transformers_renders_them(ours, name):
+    expected = json.loads((make_expected.HERE / "expected.json").read_text(encoding="utf-8"))
+    cases = [case for case in make_expected.cases() if case[0] == name]
+    assert len(cases) == 45 and any(expected[" | ".join(case)] for case in cases)
+    for case in cases:
+        assert ours(*case) == expected[" | ".join(case)], case
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_what_transformers_renders_is_what_is_stored():
+    expected = json.loads((make_expected.HERE / "expected.json").read_text(encoding="utf-8"))
+    assert {" | ".join(case): make_expected.by_transformers(*case) for case in make_expected.cases()} == expected
+
+
+# ---- templates and tokenizers that nobody meant well
+
+PROMPT = "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A fraction of a second for each text, so that the tests need not wait."""
+    monkeypatch.setitem(tokenizer.TEMPLATE_LIMITS, "seconds", 0.5)
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (ENDLESS, "takes more than 0.5 seconds|range"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        (DOUBLING, "MemoryError|takes more than 0.5 seconds"),
+        ("{{ 'a' * 10**10 }}", "MemoryError|takes more"),
+        ("{{ 'a' * 10**8 }}", "it writes 100,000,000 characters|takes more"),
+        ("{{ '%0999999999d' % 1 }}", "MemoryError|characters|takes more"),
+        ("{{ 'a'|center(10**10) }}", "MemoryError|characters|takes more"),
+        ("{{ 9 ** (9 ** 9) }}", "takes more than 0.5 seconds"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ lipsum(n=10**6) }}", "takes more than 0.5 seconds|characters"),
+        ("(" * 10 + "{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "is not one"),
+        ("{{ raise_exception('\x1b[2J\nsecond line \x9b' ~ 'long' * 1000) }}", r"\\x1b\[2J second line \\x9b"),
+        ("x" * (2**20 + 1), "the chat template has 1,048,577 characters"),
+    ],
+)
+@pytest.mark.usefixtures("impatient")
+def test_a_template_cannot_take_time_or_memory(folder, template, words):
+    write(folder, chat_template=template)
+    with pytest.raises(ValueError, match=rf"tokenizer_config.json: .*({words})") as refused:
+        read(folder)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 500
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_template_that_ended_its_process_can_be_used_again(folder):
+    loops = "{% if messages[0].content == 'loop' %}" + ENDLESS + "{% endif %}"
+    write(folder, chat_template=loops + CHATML)
+    template = read(folder)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"takes more than 0.5 seconds"):
+            template.render([{"role": "user", "content": "loop"}])
+        assert template.render([{"role": "user", "content": "Hi"}]).startswith("<|im_start|>user\nHi")
+
+
+def test_a_template_runs_in_a_process_that_ends_with_it(folder):
+    template = read(folder)
+    process = template.sandbox._process
+    assert process.poll() is None
+    del template
+    gc.collect()
+    assert process.poll() is not None
+
+
+def test_messages_that_are_no_json_are_refused(folder):
+    with pytest.raises(ValueError, match="does not take these messages"):
+        read(folder).render([{"role": "user", "content": object()}])
+
+
+def spoil(folder, model=None, **parts):
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | parts
+    values["model"] |= model or {}
+    path.write_text(json.dumps(values))
+
+
+LONG = "Mia has 12 pears. " * 50
+
+
+def test_a_tokenizer_cuts_and_pads_nothing(tmp_path):
+    task_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    truncation = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    padding = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>", "pad_to_multiple_of": 64}
+    spoil(tmp_path, truncation=truncation, padding=padding | {"strategy": {"Fixed": 4096}})
+    ids = read_tokenizer(tmp_path).encode(LONG).ids
+    assert ids == task_tokenizer().encode(LONG).ids and len(ids) == 300
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"decoder": {"type": "Strip", "content": "M", "start": 50, "stop": 50}}, "index out of bounds"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "precompiled_charsmap"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}}, "ends the process"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 99}] * 6}}, "ends the process|takes"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+         "parenthesis"),
+        ({"model": {"type": "\x1b[2J"}}, "is not a tokenizer"),
+        ({"version": "9.9\x1b[2J\n"}, "is not a tokenizer"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_panics_or_aborts_is_one_error(tmp_path, parts, words, capfd):
+    task_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    spoil(tmp_path, **parts)
+    with pytest.raises(ValueError, match=rf"tokenizer.json is not a tokenizer: .*({words})|({words})") as refused:
+        read_tokenizer(tmp_path)
+    assert str(refused.value).isprintable() and str(tmp_path) in str(refused.value)
+    assert capfd.readouterr() == ("", ""), "a panic prints its backtrace"
+
+
+def test_a_panic_while_text_is_encoded_is_an_error(folder):
+    template = read(folder)
+
+    class PanicException(BaseException):
+        """As Rust's."""
+
+    template.tokenizer = mock.Mock()
+    template.tokenizer.encode.side_effect = PanicException("range end index")
+    with pytest.raises(ValueError, match="the tokenizer does not take the conversation: range end index"):
+        template.encode(TALK)
+    template.tokenizer.encode.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        template.encode(TALK)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 10**5, "\0", '{"a":' * 10**5])
+def test_a_tokenizer_file_that_is_none(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer") as refused:
+        read_tokenizer(tmp_path)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_spoilt_file_is_read_or_one_clear_error(folder, file):
+    if file == "chat_template.jinja":
+        (folder / file).write_text(HUGINN_TEMPLATE)
+    content, random = (folder / file).read_bytes(), Random(file)
+    for i in range(12):
+        if file.endswith(".json") and i % 2:
+            (folder / file).write_text(json.dumps(spoilt_json(json.loads(content), random)))
+        else:
+            (folder / file).write_bytes(spoilt_bytes(content, random))
+        try:
+            read(folder).encode(TALK)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 1000, error
+
+
+@given(st.text())
+def test_printable_text_obeys_no_terminal_and_stays_readable(text):
+    shown = printable(text)
+    assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in shown if c not in "\n\t")
+    assert printable(shown) == shown
+    assert len(one_line(text)) <= 200 and "\n" not in one_line(text)
+
+
+def test_printable_text_shows_what_was_there():
+    assert printable("a\x1b[2J\x07b\r\x9b\u202ec\ud800\n\té🙂‍↔️東") == "a\\x1b[2J\\x07b\\r\\x9b\\u202ec\\ud800\n\té🙂‍↔️東"
+    assert one_line("a\n b\x1b ") == "a b\\x1b" and one_line("x" * 300).endswith("xxx...")

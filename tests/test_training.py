@@ -9,8 +9,12 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from random import Random
 from unittest import mock
 
 import numpy as np
@@ -19,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from spoiling import spoilt_bytes
 
 from minirec import RecurrentConfig, RecurrentDepthLM, autoregressive, tasks, training
 from minirec.files.run import Run
@@ -35,6 +41,8 @@ from minirec.training import (
     sample_depth,
     stages_of,
 )
+
+ROOT = Path(__file__).parents[1]
 
 # --- the objective ------------------------------------------------------------------------------------------------
 
@@ -676,8 +684,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight_run, tmp_path, monkeypat
     if log_is_ahead:
         shutil.copy(folder / "log.csv", tmp_path)
     again = fresh_model()
-    with torch.no_grad():
-        again.transformer.wte.weight.zero_()  # what it starts from does not matter: the saved weights come back
     log_again = training.train(again, TrainingConfig(**RUN), Run(tmp_path))
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -768,6 +774,259 @@ def test_state_is_weights_moments_and_a_number(straight_run):
     stored = {f"{kind}.{name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for name in names}
     assert load_file(folder / "state.safetensors").keys() == stored
     assert not list(folder.rglob("*.part")), "nothing half-written is left"
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half")
+    training.train(fresh_model(), TrainingConfig(**RUN), Run(folder), until=6)
+    return folder
+
+
+@pytest.fixture
+def half_run(half, tmp_path):
+    """A run that was to stop half-way, to spoil."""
+    return shutil.copytree(half, tmp_path / "half")
+
+
+def contents(folder) -> dict:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_not_resumed(folder, named: str, model=None, config: dict | None = None) -> None:
+    """A ValueError on one line; neither the folder nor the model has changed."""
+    model = fresh_model() if model is None else model
+    weights, before = [p.clone() for p in model.parameters()], contents(folder)
+    with pytest.raises(ValueError, match=named) as refused:
+        training.train(model, TrainingConfig(**(config or RUN)), Run(folder))
+    assert "\n" not in str(refused.value)
+    assert contents(folder) == before
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_a_run_that_began_with_other_weights_is_refused(half_run, tmp_path):
+    other = fresh_model()
+    with torch.no_grad():
+        other.transformer.ln_f.weight[0] += 1e-6
+    assert_not_resumed(half_run, "another run: it began with weights .*, this one begins with weights", other)
+    training.train(RecurrentDepthLM.from_pretrained(half_run / "checkpoint"), TrainingConfig(**RUN), Run(half_run))
+
+
+def test_a_model_in_memory_goes_on(tmp_path):
+    """In a notebook: the same model, trained half-way, is given to the same run again."""
+    model, straight = fresh_model(), fresh_model()
+    training.train(model, TrainingConfig(**RUN), Run(tmp_path / "a"), until=6)
+    training.train(model, TrainingConfig(**RUN), Run(tmp_path / "a"))
+    training.train(straight, TrainingConfig(**RUN), Run(tmp_path / "b"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), straight.parameters(), strict=True))
+
+
+def edit_state(folder, tensors=(), **metadata) -> None:
+    path = folder / "state.safetensors"
+    with safe_open(path, "pt") as f:
+        stored = {name: f.get_tensor(name) for name in f.keys()} | dict(tensors)
+        run = f.metadata() | metadata
+    save_file({k: t for k, t in stored.items() if t is not None}, path, {k: v for k, v in run.items() if v is not None})
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (None, "is missing"),
+        (torch.ones(1), r"of shape \(1,\); it must be float32 of shape \(32,\)"),
+        (torch.ones(32, 1), r"of shape \(32, 1\); it must be"),
+        (torch.ones(()), r"of shape \(\); it must be"),
+        (torch.ones(32, dtype=torch.float64), "is float64 of shape"),
+        (torch.ones(32, dtype=torch.int8), "is int8 of shape"),
+        (torch.full((32,), torch.nan), "NaN or infinities"),
+        (torch.full((32,), torch.inf), "NaN or infinities"),
+    ],
+)
+def test_a_tensor_of_a_state_that_is_not_what_was_saved_is_named(half_run, kind, value, named):
+    edit_state(half_run, {f"{kind}.transformer.ln_f.weight": value})
+    assert_not_resumed(half_run, rf"state.safetensors: tensor {kind}.transformer.ln_f.weight .*{named}")
+
+
+def test_a_state_has_no_other_tensors(half_run):
+    edit_state(half_run, {"weight.other": torch.ones(3)})
+    assert_not_resumed(half_run, "tensor weight.other is not of this run")
+
+
+def test_an_average_of_squares_is_not_negative(half_run):
+    edit_state(half_run, {"exp_avg_sq.transformer.ln_f.weight": torch.full((32,), -1.0)})
+    assert_not_resumed(half_run, "exp_avg_sq.transformer.ln_f.weight holds negative values")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"step": None}, "does not say which step"),
+        ({"step": "six"}, "does not say which step"),
+        ({"step": "0"}, "step is 0; it must be from 1 to 12"),
+        ({"step": "13"}, "step is 13; it must be from 1 to 12"),
+        ({"running": "["}, "does not say which step"),
+        ({"running": "[" * 10**5}, "does not say which step"),
+        ({"running": "{}"}, "running is {}"),
+        ({"running": "[NaN]"}, r"running is \[nan\]"),
+        ({"running": '["x"]'}, r"running is \['x'\]"),
+        ({"training": None}, "another run: its training"),
+        ({"model": "\x1b[2J"}, r"another run: its model is \\x1b\[2J"),
+    ],
+)
+def test_a_number_of_a_state_that_is_not_what_was_saved_is_named(half_run, metadata, named):
+    edit_state(half_run, **metadata)
+    assert_not_resumed(half_run, named)
+
+
+@pytest.mark.parametrize("text", ["step,loss\nx,y\n", "loss\n1\n", "step,loss\n1e400,2\n", "step\n1,2,3\n"])
+def test_a_log_that_is_none_is_named(half_run, text):
+    (half_run / "log.csv").write_text(text)
+    assert_not_resumed(half_run, "log.csv is not the log of a run")
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "log.csv"])
+def test_a_spoilt_file_of_a_run_is_resumed_or_one_clear_error(half_run, file):
+    content, random, config = (half_run / file).read_bytes(), Random(file), TrainingConfig(**RUN)
+    model = fresh_model()
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(40):
+        (half_run / file).write_bytes(spoilt_bytes(content[:6000], random) + content[6000:])
+        try:
+            Run(half_run).resume(model, torch.optim.AdamW(model.parameters()), config)
+        except (ValueError, OSError, MemoryError) as error:
+            assert str(error).isprintable() and len(str(error)) < 5000, error
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        else:
+            model = fresh_model()
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_the_state_of_a_wrapped_model_is_that_of_the_model(half_run, tmp_path, wrap):
+    """Saved with the wrapper and resumed without it, and the other way round."""
+    run, config, plain = Run(half_run), TrainingConfig(**RUN), fresh_model()
+    model = wrap(fresh_model())
+    optimizer = torch.optim.AdamW(model.parameters())
+    step, log, running = run.resume(model, optimizer, config)
+    again = Run(tmp_path)
+    again.start = run.start
+    again.save(model, optimizer, config, step, log, running)
+    assert again.resume(plain, torch.optim.AdamW(plain.parameters()), config) == (step, log, running)
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# --- two runs in one folder, and runs that are killed -------------------------------------------------------------
+
+TRAINS = """
+import os, signal, sys
+from minirec import training
+from minirec.files import run
+from tests.test_training import RUN, fresh_model
+save, saves = run.Run.save, []
+def saved(*args):
+    save(*args)
+    saves.append(1)
+    print("saved", flush=True)
+    if len(saves) == int(sys.argv[2]):
+        if sys.argv[3] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.stdin.read()
+run.Run.save = saved
+training.train(fresh_model(), training.TrainingConfig(**RUN), run.Run(sys.argv[1]))
+"""
+
+
+def train_elsewhere(folder, saves: int, then: str) -> subprocess.Popen:
+    """A process that trains, and after so many saves waits or dies; it has saved once when this returns."""
+    command = [sys.executable, "-c", TRAINS, str(folder), str(saves), then]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert child.stdout.readline() == "saved\n"
+    return child
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_killed(straight_run, tmp_path):
+    first = train_elsewhere(tmp_path, 1, "wait")
+    try:
+        before = contents(tmp_path)
+        for _ in range(2):
+            with pytest.raises(OSError, match=rf"{tmp_path} is in use: process {first.pid} on .* is training in it"):
+                training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path))
+        assert contents(tmp_path) == before
+    finally:
+        first.kill()
+        first.communicate()
+    again = fresh_model()
+    log = training.train(again, TrainingConfig(**RUN), Run(tmp_path))
+    assert without_times(log) == without_times(straight_run[1])
+    for a, b in zip(straight_run[0].parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "log.csv", "state.safetensors"]
+
+
+def test_the_folder_is_free_after_an_error_and_after_the_end(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "depth_loss", mock.Mock(side_effect=RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path))
+    for _ in range(2):
+        training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path))
+
+
+# --- not finite ---------------------------------------------------------------------------------------------------
+
+
+def diverges(monkeypatch, at: int, what: str) -> None:
+    """From now on the loss, or only its gradient, is NaN at a step."""
+    loss, calls = training.depth_loss, []
+
+    def spoilt(*args):
+        calls.append(1)
+        value = loss(*args)
+        if len(calls) != at:
+            return value
+        if what == "gradient":
+            value.register_hook(lambda g: g * math.nan)
+            return value
+        return value * {"nan": math.nan, "inf": math.inf}[what]
+
+    monkeypatch.setattr(training, "depth_loss", spoilt)
+
+
+@pytest.mark.parametrize(("what", "named"), [("nan", "the loss is nan"), ("inf", "the loss is inf"),
+                                             ("gradient", "the norm of the gradient is nan")])  # fmt: skip
+def test_training_stops_at_the_last_good_state(tmp_path, monkeypatch, what, named):
+    good = fresh_model()
+    training.train(good, TrainingConfig(**RUN), Run(tmp_path / "good"), until=7)
+    model = fresh_model()
+    with monkeypatch.context() as patch:
+        diverges(patch, 8, what)
+        with pytest.raises(ValueError, match=f"step 8: {named}"):
+            training.train(model, TrainingConfig(**RUN), Run(tmp_path / "run"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), good.parameters(), strict=True))
+    with safe_open(tmp_path / "run" / "state.safetensors", "pt") as f:
+        assert f.metadata()["step"] == "5"
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("run", [True, False])
+@pytest.mark.parametrize("save_every", [1, 5])
+def test_a_rate_that_is_far_too_high_ends_in_an_error_and_saves_nothing_bad(tmp_path, run, save_every):
+    config = TrainingConfig(**(RUN | {"learning_rate": 1e6, "save_every": save_every, "weight_decay": 1.0}))
+    with pytest.raises(ValueError, match=r"step \d+: .* is (not finite|nan|inf)"):
+        training.train(fresh_model(), config, Run(tmp_path) if run else None)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values()), path
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_weights_that_the_last_step_ruined_are_noticed(tmp_path):
+    config = TrainingConfig(**(RUN | {"steps": 1, "learning_rate": 1e38, "warmup": 0, "decay": 0, "weight_decay": 1.0}))
+    for run in (Run(tmp_path), None):
+        with pytest.raises(ValueError, match=r"step 1: .* is not finite"):
+            training.train(fresh_model(), config, run)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -46,19 +46,23 @@ class Engine:
         init_scale: float = 1.0, on_pass: Callable[[Pass], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):  # fmt: skip
-        num_steps = model.config.mean_recurrence if num_steps is None else num_steps
-        slots, max_length, self.r, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
-            slots=slots, max_length=max_length, num_steps=num_steps, chunk=chunk, row_budget=row_budget,
-            guess_after=guess_after, coda_batch=coda_batch, patience=patience)  # fmt: skip
-        mode, policy = one_of("mode", mode, MODES), one_of("policy", policy, POLICIES)
-        if guess_after > self.r:
-            raise ValueError(f"guess_after is {guess_after}; it must be from 1 to num_steps, here {self.r}")
-        if not 2 <= max_length <= model.config.block_size:
-            raise ValueError(f"max_length is {max_length}; it must be from 2 to the context, {model.config.block_size}")
+        self.r = model.config.depth(num_steps)
+        max_length, chunk, row_budget, guess_after, coda_batch, patience = check_counts(
+            max_length=max_length, chunk=chunk, row_budget=row_budget, guess_after=guess_after, coda_batch=coda_batch,
+            patience=patience)  # fmt: skip
+        slots = whole("slots", slots, 1, 2**16)
         kv_budget = None if kv_budget is None else whole("kv_budget", kv_budget, 1)
-        for name, function in (("on_pass", on_pass), ("clock", clock)):
-            if not callable(function) and (function is not None or name == "clock"):
-                raise ValueError(f"{name} is {shown(function)}; it must be a function")
+        mode, policy = one_of("mode", mode, MODES), one_of("policy", policy, POLICIES)
+        if on_pass is not None and not callable(on_pass):
+            raise ValueError(f"on_pass is {shown(on_pass)}; it must be a function, or None")
+        if not callable(clock):
+            raise ValueError(f"clock is {shown(clock)}; it must be a function")
+        if guess_after > self.r:
+            raise ValueError(f"guess_after is {shown(guess_after)}; it must be from 1 to num_steps, here {self.r}")
+        if not 2 <= max_length <= model.config.block_size:
+            raise ValueError(
+                f"max_length is {shown(max_length)}; it must be from 2 to the context, {model.config.block_size}"
+            )
         self.model, self.mode, self.max_length, self.chunk = model, mode, max_length, chunk
         self.row_budget, self.guess_after, self.on_pass, self.clock = row_budget, guess_after, on_pass, clock
         # one token in each row until a request comes
@@ -92,7 +96,7 @@ class Engine:
         r = self.r if num_steps is None else num_steps
         r, max_new_tokens = check_counts(num_steps=r, max_new_tokens=max_new_tokens)
         if r > self.r:
-            raise ValueError(f"num_steps is {r}; this engine's cache is {self.r} steps deep")
+            raise ValueError(f"num_steps is {shown(r)}; this engine's cache is {self.r} steps deep")
         threshold = None if threshold is None else number("threshold", threshold, least=0)
         unknown = options.keys() & {"kv", "kv_slots", "init_scale", "trace", "fast"}
         if unknown:

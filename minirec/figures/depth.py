@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,9 +16,10 @@ from minirec.figures.ink import BLUE, GREEN, VERMILION, depth_colours, plain, re
 def _level_lines(ax: Axes, curves: Mapping, beyond: Sequence) -> None:
     """One line per level, light for easy and dark for hard, dashed for those `beyond` training; depth in octaves."""
     shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, len(curves)))
-    for shade, (level, curve) in zip(shades, curves.items(), strict=True):
+    markers = islice(cycle("os^DvPX*<>"), len(curves))  # neighbouring shades are hard to tell apart
+    for shade, marker, (level, curve) in zip(shades, markers, curves.items(), strict=True):
         style = "--" if level in beyond else "-"
-        ax.plot(list(curve), list(curve.values()), style, marker="o", markersize=4, color=shade, label=plain(level))
+        ax.plot(list(curve), list(curve.values()), style, marker=marker, markersize=5, color=shade, label=plain(level))
     depths = [r for curve in curves.values() for r in curve]
     ticks = [2**i for i in range(12) if min(depths) <= 2**i <= max(depths)]
     ax.set_xscale("log", base=2)

@@ -39,10 +39,10 @@ def gradient_by_step(norms: Mapping[str, Sequence[float]], title: str = "", ax: 
         _, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
     styles = zip((GREY, GREEN, BLUE, VERMILION), ("o", "s", "D", "^"), (11, 8, 6, 4), strict=True)
     for (label, values), (colour, marker, size) in zip(norms.items(), styles, strict=False):
-        values = np.asarray(values, dtype=float)
-        shown = np.where(values > 0, values, np.nan)
+        sizes = np.asarray(values, dtype=float)
+        shown = np.where(sizes > 0, sizes, np.nan)
         ax.plot(
-            np.arange(1, len(values) + 1), shown, "-", marker=marker, markersize=size, color=colour, label=plain(label)
+            np.arange(1, len(sizes) + 1), shown, "-", marker=marker, markersize=size, color=colour, label=plain(label)
         )
     ax.set(title=plain(title), yscale="log", xlabel="recurrence step", ylabel="gradient of the loss at e")
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -1,8 +1,9 @@
-"""What the machine is and how much memory it has left."""
+"""What the machine is, how much memory it has left, and what may be sent to its terminal."""
 
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -42,3 +43,22 @@ def readable(size: float) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+# C0 and C1 controls except newline and tab, separators that end a line, bidirectional overrides, halves of characters
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text from a file or a model, safe to print: control characters appear as their escapes, ESC as \\x1b.
+
+    A terminal obeys control characters: they clear its screen, change its title, write to the clipboard.
+    Newlines and tabs stay.
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """What a file says, as part of an error: printable, on one line, cut off after `most` characters."""
+    line = " ".join(printable(str(text)[: 2 * most]).split())
+    return line if len(line) <= most else line[: most - 3] + "..."

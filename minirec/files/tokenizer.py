@@ -15,14 +15,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minirec.files.checkpoint import read_json
+from minirec.files.json_files import LARGEST, read_json
+from minirec.files.machine import one_line
+from minirec.files.sandbox import Refused, Sandbox
+from minirec.files.writing import blaming
 
 # where the vocabulary of Huginn-0125 has its special tokens: the first six of its last 32 ids
 HUGINN_SPECIAL = ["begin_text", "end_text", "begin_header", "end_header", "end_turn", "pad"]
+LARGEST_TEMPLATE = 2**20  # characters; published ones have thousands
+TEMPLATE_LIMITS = {"seconds": 2, "memory": 2**30}  # for each text; macOS has no limit of memory
+TOKENIZER_LIMITS = {"seconds": 30, "memory": 2**32}
+SPECIAL_TOKEN = re.compile(r"(?!add_)\w+_token")  # its key in tokenizer_config.json
 HUGINN_TEMPLATE = """\
 {{ bos_token }}
 {%- for message in messages -%}
@@ -58,54 +63,106 @@ def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint; FileNotFoundError or ValueError that names the file if there is none."""
+    """The tokenizer of a checkpoint, without the truncation and padding that its file may prescribe.
+
+    It is tried in a process of its own first: some files make the library abort, or never end.  FileNotFoundError,
+    OSError or ValueError that names the file if there is none that works.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json, without which there is no text")
+    with blaming(path):
+        open(path, "rb").close()
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} is not a tokenizer: {path.stat().st_size:,} bytes is too much")
     try:
-        return Tokenizer.from_file(str(path))
+        Sandbox(**TOKENIZER_LIMITS).ask("tokenizer", str(path.resolve()))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        raise ValueError(f"{path} is not a tokenizer: {one_line(error)}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class ChatTemplate:
     """How a checkpoint writes down a conversation: messages {"role": ..., "content": ...} -> token ids.
 
-    The template is one of jinja, as transformers has them: `chat_template` of tokenizer_config.json, or the file
-    chat_template.jinja.  It comes from whoever made the checkpoint, so it runs in a sandbox.  `speaker` is the role
-    of the model's own messages; `end` the special token that ends one, None if there is none.  ValueError for a
-    checkpoint without a template, or with one that does not work.
+    The template is one of jinja, and renders as in transformers: the file chat_template.jinja, or `chat_template` of
+    tokenizer_config.json, of several the one named "default".  It comes from whoever made the checkpoint, so it runs
+    in a sandbox, with 2 seconds and 1 GiB for each text.  `speaker` is the role of the model's own messages; `end` the
+    special token that ends one, None if there is none.  ValueError for a checkpoint without a template, or with one
+    that does not work.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         self.tokenizer, self.path = tokenizer, folder / "tokenizer_config.json"
-        values = read_json(self.path) if self.path.exists() else {}
-        source = values.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            self.path = folder / "chat_template.jinja"
-            source = self.path.read_text(encoding="utf-8")
-        if not isinstance(source, str):
-            raise ValueError(f"{folder} has no chat template, so it is no model to chat with")
-        # special tokens that the template may name; some files have them as objects
-        names = {k: v["content"] if isinstance(v, dict) else v for k, v in values.items() if k.endswith("_token")}
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals |= names | {"raise_exception": _refuse}
+        self.source, self.special = self._read(folder)
+        self.sandbox = Sandbox(**TEMPLATE_LIMITS)
         try:
-            self.template = environment.from_string(source)
-        except TemplateError as error:
+            self.sandbox.ask("check", self.source)
+        except Refused as error:
             raise ValueError(f"{self.path}: the chat template is not one: {error}") from None
         self.speaker, self.end = self._look()
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, up to where the model goes on."""
+    def _read(self, folder: Path) -> tuple[str, dict[str, str]]:
+        """The source of the template, and the special tokens that it may name."""
+        values = read_json(self.path) if self.path.exists() else {}
+        special = {}
+        for key in filter(SPECIAL_TOKEN.fullmatch, values):
+            token = values[key]["content"] if _is_token(values[key]) else values[key]
+            if isinstance(token, str):
+                special[key] = token
+            elif token is not None and not isinstance(token, bool):  # "add_bos_token": true is no token
+                raise ValueError(f"{self.path}: {key} is {one_line(repr(token))}; it must be a token or null")
+        source = values.get("chat_template")
+        if isinstance(source, list):
+            named = {t.get("name"): t.get("template") for t in source if _is_named(t)}
+            if "default" not in named:
+                names = ", ".join(one_line(repr(name)) for name in named) or "none"
+                raise ValueError(f"{self.path}: no chat template is named 'default' (there are: {names})")
+            source = named["default"]
+        if (folder / "chat_template.jinja").exists():
+            self.path = folder / "chat_template.jinja"
+            try:
+                source = self.path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(f"{self.path} is not UTF-8") from None
+        if not isinstance(source, str):
+            raise ValueError(f"{folder} has no chat template, so it is no model to chat with")
+        if len(source) > LARGEST_TEMPLATE:
+            raise ValueError(
+                f"{self.path}: the chat template has {len(source):,} characters; {LARGEST_TEMPLATE:,} at most"
+            )
+        return source, special
+
+    def render(
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool = True,
+        tools: list[dict] | None = None,
+        documents: list[dict] | None = None,
+    ) -> str:
+        """The text of a conversation, up to where the model goes on; tools and documents as in transformers."""
+        told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = dict(messages=told, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
         try:
-            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template may fail in any way
-            raise ValueError(f"{self.path}: the chat template does not take these messages: {error}") from None
+            return self.sandbox.ask("render", [self.source, self.special | variables])
+        except (Refused, TypeError) as error:  # TypeError: a message with what JSON does not have
+            reason = f"the chat template does not take these messages: {one_line(error)}"
+            raise ValueError(f"{self.path}: {reason}") from None
 
     def encode(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation, up to where the model goes on; the begin token is the template's business."""
-        return self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+        return self._ids(self.render(messages))
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # Rust's, no Exception
+                raise ValueError(f"the tokenizer does not take the conversation: {one_line(error)}") from None
+            raise
 
     def _look(self) -> tuple[str, int | None]:
         """Role and end of the model's messages: a written one has to begin as the model is asked to begin."""
@@ -113,17 +170,21 @@ class ChatTemplate:
         begun = self.render(asked)
         prompt = begun[len(self.render(asked, add_generation_prompt=False)) :]
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        for role in ["assistant", *re.findall(r"\w+", prompt)]:
+        for role in dict.fromkeys(["assistant", *re.findall(r"\w+", prompt)[:20]]):
             try:
                 whole = self.render([*asked, {"role": role, "content": "!"}], add_generation_prompt=False)
             except ValueError:
                 continue  # a template may know its roles
             if whole.startswith(begun + "!"):
-                rest = self.tokenizer.encode(whole[len(begun) + 1 :], add_special_tokens=False).ids
-                return role, next((i for i in rest if i in special), None)
+                return role, next((i for i in self._ids(whole[len(begun) + 1 :]) if i in special), None)
         raise ValueError(f"{self.path}: the chat template does not show who speaks for the model")
 
 
-def _refuse(message: str):
-    """What templates know as raise_exception."""
-    raise TemplateError(message)
+def _is_named(value) -> bool:
+    """Is this one of several templates?"""
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
+
+
+def _is_token(value) -> bool:
+    """Is this a token as an object, as AddedToken is written?"""
+    return isinstance(value, dict) and isinstance(value.get("content"), str)

@@ -1,10 +1,10 @@
-"""Several processes, one for each GPU: what torchrun starts, and what they have to say to each other.
+"""Several processes, one per GPU, that torchrun starts: how they join and leave the process group.
 
     torchrun --nproc-per-node 2 -m minirec.tools.cli train --out runs/mine
 
-runs the same program twice (with `-m -- minirec.tools.cli` before `--start`, which torchrun would take for an
-option of its own).  Each process finds its rank in the environment and takes its share of the rows or of the problems;
-sums over all processes are in `minirec.training`.  Without torchrun there is one process of rank 0, and nothing to say.
+runs the same program twice.  With `--start`, write `-m -- minirec.tools.cli`: torchrun has an option of that name.
+Each process finds its rank in the environment and takes its share of the rows or of the problems; sums over all
+processes are in `minirec.training`.  Without torchrun there is one process, of rank 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 
 def join(device: str | torch.device) -> torch.device:
-    """Meet the processes that torchrun has started, if it has, and return the device of this one.
+    """Join the other processes if torchrun started this one; returns the device of this process.
 
     "cuda" stands for the GPU with this process's number on its machine; GPUs talk by NCCL, all others by gloo.
     ValueError if there are more processes than GPUs.
@@ -36,7 +36,9 @@ def join(device: str | torch.device) -> torch.device:
 
 
 def leave() -> None:
-    """Part from the others at the end.  Not after an error: they may be waiting for this process, and torchrun ends
-    all of them once one has failed."""
+    """Leave the process group at the end.
+
+    Not after an error: the others may be waiting for this process, and torchrun ends all of them once one has failed.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()

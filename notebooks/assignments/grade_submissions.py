@@ -1,4 +1,4 @@
-"""Grade what was handed in with pytest, one test a graded cell.
+"""Grade submissions with pytest, one test for each graded cell, and one that fails for a file that can't be graded.
 
 SUBMISSIONS=folder python -m pytest notebooks/assignments/grade_submissions.py
 """
@@ -8,31 +8,31 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import nbformat
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import grading
 
-FILES = sorted(Path(os.environ.get("SUBMISSIONS", ".")).rglob("*.ipynb"))
+# read before any submission runs: it might change those of others
+HANDED_IN = grading.read_all(sorted(Path(os.environ.get("SUBMISSIONS", ".")).rglob("*.ipynb")))
 
 
 @cache
-def results_of(path: Path) -> dict[str, grading.Result]:
-    submission = nbformat.read(path, as_version=4)
-    return grading.run(submission, grading.source_of(submission))[0]
+def results_of(place: int) -> dict[str, grading.Result]:
+    _, submission, source, _ = HANDED_IN[place]
+    return grading.run(submission, source)[0]
 
 
-def graded() -> list[tuple[Path, str]]:
+def graded() -> list:
     cells = []
-    for path in FILES:
-        source = grading.source_of(nbformat.read(path, as_version=4))
-        cells += [(path, m["grade_id"]) for cell in source.cells if (m := grading.marks(cell)).get("grade")]
+    for place, (path, _, source, reason) in enumerate(HANDED_IN):
+        tests = [""] if reason else grading.points_of(source)
+        cells += [pytest.param(place, test, id=grading.printable(f"{path}-{test or 'not graded'}")) for test in tests]
     return cells
 
 
-@pytest.mark.parametrize(("path", "test"), graded(), ids=str)
-def test_submission(path, test):
-    error = results_of(path)[test].error
-    if error is not None:
-        raise error
+@pytest.mark.parametrize(("place", "test"), graded())
+def test_submission(place, test):
+    error = HANDED_IN[place][3] or results_of(place)[test].error
+    if error:
+        pytest.fail(grading.printable(error), pytrace=False)

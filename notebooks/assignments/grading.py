@@ -41,8 +41,8 @@ SOURCES = sorted(FOLDER.glob("*.ipynb"))
 STUB = ["# YOUR CODE HERE", "raise NotImplementedError()"]  # nbgrader's own
 CHECKPOINTS = ".ipynb_checkpoints"  # Jupyter's own copies
 MOST_BYTES = 2**26  # of a submission's file
-START_SECONDS = 300  # for importing PyTorch on a busy machine, not part of any limit
-NOTEBOOK_CELLS = 10  # a notebook's limit, in those of cells
+OWN_SECONDS = 300  # for a cell of the source, which imports PyTorch; a limit for machines that are too busy
+NOTEBOOK_CELLS = 20  # a notebook's limit, in those of cells
 LONGEST_ANSWER = 2**16  # bytes of what a submission's process answers
 
 
@@ -93,20 +93,22 @@ def read(path: Path) -> dict:
         raise ValueError("there is no such file")
     if not path.is_file():
         raise ValueError("it is not a regular file")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
         notebook = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"it can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: of json, or of a number with thousands of digits
         raise ValueError("it is not JSON, so it is no notebook") from None
     if not isinstance(notebook, dict) or "nbformat" not in notebook:
         raise ValueError("it is JSON, but no notebook")
-    if notebook["nbformat"] != 4 or not isinstance(notebook.get("cells"), list):
+    if notebook["nbformat"] != 4:
         raise ValueError(f"its notebook format is {notebook['nbformat']!r:.20}; save it in format 4")
+    if not isinstance(notebook.get("cells"), list):
+        raise ValueError("its cells are no list")
     return {"cells": [as_cell(cell) for cell in notebook["cells"]]}
 
 
@@ -126,6 +128,11 @@ def as_cell(cell) -> dict:
         "source": source,
         "metadata": {"nbgrader": {"grade_id": name}} if isinstance(name, str) else {},
     }
+
+
+def points_of(source) -> dict[str, int]:
+    """The points of each test of a source, by grade_id."""
+    return {marks(cell)["grade_id"]: marks(cell)["points"] for cell in source["cells"] if marks(cell).get("grade")}
 
 
 def names_of(notebook, *kinds: str) -> set[str]:
@@ -150,12 +157,11 @@ class Ended(Exception):
 class SubmissionProcess:
     """A process for the cells of one submission.
 
-    `seconds` is the limit for a cell, `until` that for all of them (of `time.monotonic`), `memory` is in bytes.
-    RuntimeError if the process can't start.  Leaving the context ends it, and all that it started in its group.
+    RuntimeError if it can't start.  Leaving the context ends it, and all that it started in its process group.
     """
 
-    def __init__(self, seconds: float, memory: int, until: float = math.inf) -> None:
-        self.seconds, self.until, self.worker = seconds, until, None
+    def __init__(self) -> None:
+        self.worker = None
         self.folder = tempfile.mkdtemp()
         self.connection, theirs = socket.socketpair()
         with theirs:
@@ -168,8 +174,7 @@ class SubmissionProcess:
                 start_new_session=True,
             )
         try:
-            cpu_seconds = math.ceil(NOTEBOOK_CELLS * seconds)
-            error = self.request("start", START_SECONDS, {"memory": memory, "seconds": cpu_seconds})
+            error = self.run("start", OWN_SECONDS)
         except Ended as problem:
             error = str(problem)
         except BaseException:
@@ -185,18 +190,8 @@ class SubmissionProcess:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def run(self, kind: str, **arguments) -> str:
-        """Let `submission_process.Cells` run a cell: its error, "" for none.  Ended if there is no answer."""
-        left = max(self.until - time.monotonic(), 0.01)
-        limit = f"{self.seconds:g} seconds, the limit for a cell"
-        if left < self.seconds:
-            limit = f"{left:.0f} seconds, when the limit for the notebook was reached"
-        try:
-            return self.request(kind, min(left, self.seconds), arguments)
-        except TimeoutError:
-            raise Ended(f"stopped after {limit}") from None
-
-    def request(self, kind: str, seconds: float, arguments: dict) -> str:
+    def run(self, kind: str, seconds: float, **arguments) -> str:
+        """Let `submission_process.Cells` run a cell: its error, "" for none.  Ended if there is no answer in time."""
         number = secrets.token_hex()
         request = marshal.dumps((number, kind, arguments))
         until, answer = time.monotonic() + seconds, b""
@@ -210,18 +205,18 @@ class SubmissionProcess:
                     raise ConnectionError
                 answer += received
         except TimeoutError:
-            raise
+            raise Ended(f"stopped after {seconds:g} seconds, its limit") from None
         except OSError:
             try:
-                status = self.process.wait(timeout=5)
+                status = self.process.wait(timeout=2)
             except subprocess.TimeoutExpired:
                 raise Ended("closed the connection to the grader") from None
-            raise Ended(f"ended the process (exit status {status})") from None
+            raise Ended(f"ended the process (exit status {status if status >= 0 else 128 - status})") from None
         said, worker, result, error = (answer.decode("utf-8", "replace").rstrip("\n") + "   ").split(" ", 3)
         if said != number or result not in ("passed", "failed"):
             raise Ended("wrote to the connection to the grader")
         self.worker = self.worker or int(worker)  # from the first answer, which comes before any student code
-        return error.strip() if result == "failed" else ""
+        return (error.strip() or "an exception without a name") if result == "failed" else ""
 
     def close(self) -> None:
         if self.worker and self.process.poll() is None:  # it may have left the process group
@@ -253,12 +248,11 @@ class Step:
     arguments: dict
 
 
-def steps_of(submission, source, only: str = "") -> list[Step]:
+def steps_of(submission, source, only: str, limits: dict) -> list[Step]:
     """All cells of a run in their order.
 
-    First come the source's own cells, then the submission's as the student arranged them, in a namespace of the
-    students' code.  Then the source's cells again, with its tests, in another one.  Of the tests, those whose grade_id
-    begins with `only`.
+    First come the source's own cells, then the submission's as the student arranged them, within the limits.  Then the
+    source's cells run again in another namespace, with those of its tests whose grade_id begins with `only`.
     """
     fixed, own = names_of(source, "locked", "grade"), [cell for cell in source["cells"] if marks(cell).get("locked")]
     solved = [cell["source"] for cell in source["cells"] if marks(cell).get("solution")]
@@ -268,7 +262,7 @@ def steps_of(submission, source, only: str = "") -> list[Step]:
         for cell in own
         if not marks(cell).get("grade")
     ]
-    steps.append(Step("watch", "", {}))
+    steps.append(Step("watch", "", limits))
     code = [cell for cell in submission["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(code, 1):
         name = marks(cell).get("grade_id", "")
@@ -290,31 +284,35 @@ def run(
 
     Only the source's locked cells and tests count, each once and as the source has it.  The submission brings what its
     other cells define, wherever they are.  A cell that fails does not end the run.  After one that ends the process,
-    or runs for more than `seconds`, the others are run again without it.  A notebook has ten times as many seconds.
-    `memory`: bytes.  RuntimeError if the source's own cells can't run here.
+    or runs for more than `seconds`, the others are run again without it.  `memory`: bytes.  RuntimeError if the
+    source's own cells can't run here.
     """
-    steps, outcomes, ended = steps_of(submission, source, only), {}, Counter()
-    before_students = [step.kind for step in steps].index("watch")
-    until = time.monotonic() + NOTEBOOK_CELLS * seconds
-    while len(outcomes) < len(steps) and time.monotonic() < until:
-        with SubmissionProcess(seconds, memory, until) as process:
+    limits = {"memory": memory, "cpu_seconds": math.ceil(NOTEBOOK_CELLS * seconds)}
+    steps, outcomes, ended = steps_of(submission, source, only, limits), {}, Counter()
+    students = [step.kind for step in steps].index("watch") + 1  # where their code begins
+    left = NOTEBOOK_CELLS * seconds
+    while len(outcomes) < len(steps) and left > 0:
+        with SubmissionProcess() as process:
             for place, step in enumerate(steps):
                 if ended[place] > (step.kind == "test"):  # a test is run once more, without the student's functions
                     continue
+                began, over = time.monotonic(), False
+                limit = OWN_SECONDS if place < students or step.kind == "given" else seconds
                 try:
-                    error, over = process.run(step.kind, **step.arguments), False
+                    error = process.run(step.kind, limit, **step.arguments)
                 except Ended as problem:
                     error, over = str(problem), True
-                if error and place <= before_students and not ended:
+                if error and place < students:
                     raise RuntimeError(f"the assignment's own cell {step.name} fails here: {error}")
                 outcomes.setdefault(place, error)
                 if over:
+                    left -= seconds  # whenever it ended: to start again takes time, too
                     ended[place] += 1
                     step.arguments |= {"ended": True} if step.kind == "test" else {}
                     break
-    late = f"not run: the notebook took {NOTEBOOK_CELLS * seconds:g} seconds, its limit"
-    points = {marks(cell)["grade_id"]: marks(cell)["points"] for cell in source["cells"] if marks(cell).get("grade")}
-    results, errors = {}, {}
+                left -= time.monotonic() - began if place >= students else 0
+    late = f"not run: the notebook's limit of {NOTEBOOK_CELLS * seconds:g} seconds was reached"
+    points, results, errors = points_of(source), {}, {}
     for place, step in enumerate(steps):
         error = outcomes.get(place, late)
         if step.kind == "test":
@@ -329,23 +327,25 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def grade(files: list[Path], seconds: float, memory: int) -> int:
-    """Print the grades of submissions, one after the other; the number of files that have none.
-
-    All files are read before any submission runs: it might change those of others.
-    """
-    submissions, failed = [], 0
+def read_all(files: list[Path]) -> list[tuple]:
+    """Path, submission, source and "" for each file; or path, None, None and the reason why it can't be graded."""
+    found = []
     for path in files:
         if CHECKPOINTS in path.parts:
             continue
         try:
             submission = read(path)
-            submissions.append((path, submission, source_of(submission), ""))
+            found.append((path, submission, source_of(submission), ""))
         except ValueError as error:
-            submissions.append((path, None, None, str(error)))
-    for path, submission, source, reason in submissions:
+            found.append((path, None, None, str(error)))
+    return found
+
+
+def grade(files: list[Path], seconds: float, memory: int) -> bool:
+    """Print the grades of submissions, one after the other; whether there is one for each."""
+    handed_in = read_all(files)  # before any submission runs: it might change those of others
+    for path, submission, source, reason in handed_in:
         if reason:
-            failed += 1
             print(printable(f"{path}: not graded: {reason}"), flush=True)
             continue
         results, errors = run(submission, source, seconds=seconds, memory=memory)
@@ -356,7 +356,7 @@ def grade(files: list[Path], seconds: float, memory: int) -> int:
         for name, error in errors.items():
             print(printable(f"   {name}: {error}"))
         sys.stdout.flush()
-    return failed
+    return not any(reason for *_, reason in handed_in)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("student", help="write the student versions").add_argument("folder", type=Path)
     grader = commands.add_parser("grade", help="grade notebooks; exit code 2 if one of the files can't be graded")
     grader.add_argument("files", type=Path, nargs="+")
-    grader.add_argument("--seconds", type=positive, default=60, help="for a cell; a notebook has ten times as many")
+    grader.add_argument("--seconds", type=positive, default=60, help="for a cell; a notebook has twenty times as many")
     grader.add_argument("--gigabytes", type=positive, default=4, help="of memory, beyond what PyTorch itself takes")
     given = parser.parse_args(arguments)
     if given.command == "student":
@@ -377,15 +377,15 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # a replaced stdout
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return 2 if grade(given.files, given.seconds, int(given.gigabytes * 2**30)) else 0
+        return 0 if grade(given.files, given.seconds, int(given.gigabytes * 2**30)) else 2
     except RuntimeError as error:
         print(f"grading.py: {error}", file=sys.stderr)
         return 2
 
 
 def positive(text: str) -> float:
-    """An option's number, finite and above 0; ValueError for another."""
-    if not 0 < (number := float(text)) < math.inf:
+    """An option's number, above 0 and at most a million; ValueError for another."""
+    if not 0 < (number := float(text)) <= 10**6:
         raise ValueError
     return number
 

@@ -47,15 +47,15 @@ def protect(grader: int) -> None:
     sys.addaudithook(hook)
 
 
-def limit(memory: int, seconds: int) -> None:
-    """Limits per process: bytes of memory beyond what the imports took, CPU seconds, files of 1 GiB, no core dumps."""
+def limit(memory: int, cpu_seconds: int) -> None:
+    """Limits per process: bytes of memory beyond what is in use, CPU seconds, files of 1 GiB, no core dumps."""
     used = 0
     if os.path.exists("/proc/self/statm"):
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
     for kind, most in {
         resource.RLIMIT_AS: used + memory,
-        resource.RLIMIT_CPU: seconds * (os.cpu_count() or 1),
+        resource.RLIMIT_CPU: cpu_seconds * (os.cpu_count() or 1),
         resource.RLIMIT_FSIZE: 2**30,
         resource.RLIMIT_CORE: 0,
     }.items():
@@ -152,21 +152,19 @@ def new_shell():
 class Cells:
     """Runs cells, each by the method named after its kind; a cell's error is raised or returned."""
 
-    def start(self, memory: int, seconds: int) -> None:
-        import minirec  # noqa: F401, what every submission needs is not counted as its memory or its time
-
+    def start(self) -> None:
         self.shell = new_shell()
         self.tests = {"__name__": "__main__"}
-        limit(memory, seconds)
 
     def student(self, source: str) -> BaseException | None:
         """A cell in the students' namespace, run as Jupyter would."""
         result = self.shell.run_cell(source, silent=True, store_history=False)
         return result.error_in_exec if result.error_before_exec is None else result.error_before_exec
 
-    def watch(self) -> None:
-        """Student code begins after this."""
+    def watch(self, memory: int, cpu_seconds: int) -> None:
+        """The source's own cells have run, and student code begins."""
         self.originals = Originals(self.shell.user_ns)
+        limit(memory, cpu_seconds)
 
     def given(self, source: str) -> None:
         """A cell of the source in the tests' namespace."""

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
     enough = _smallest_depth(model, r, args.seed + 1)
     columns[f"plain, r = {enough}"] = ("autoregressive", {"num_steps": enough})
-    runs = {title: [] for title in columns}  # (generation, seconds) of every problem
+    runs: dict[str, list[tuple[Generation, float]]] = {title: [] for title in columns}  # seconds, of every problem
     for problem in tqdm(problems, desc="solving", disable=None, leave=False):
         for title, done in runs.items():  # one right after the other: all meet the same load on the machine
             started = time.perf_counter()
@@ -109,9 +109,12 @@ def _solve(model: RecurrentDepthLM, problem: tasks.Problem, sampler: str, option
 def _smallest_depth(model: RecurrentDepthLM, r: int, seed: int) -> int:
     """The smallest depth at which plain decoding solves as many problems as at r steps."""
     problems = tasks.heldout(OTHERS, seed=seed)
+    prompts = [problem.prompt for problem in problems]
+    room = min(ROOM, model.config.block_size - max(map(len, prompts)))
 
     def solved(depth: int) -> int:
-        return sum(p.is_correct(_solve(model, p, "autoregressive", {"num_steps": depth}).tokens) for p in problems)
+        done = SAMPLERS["autoregressive"](model, prompts, room, num_steps=depth)
+        return sum(p.is_correct(g.tokens) for p, g in zip(problems, done, strict=True))
 
     most = solved(r)
     return next((depth for depth in range(1, r) if solved(depth) >= most), r)

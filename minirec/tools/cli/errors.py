@@ -35,6 +35,7 @@ def about_input(error: Exception) -> str | None:
 def _raised_by_minirec(error: Exception) -> bool:
     """Whether the innermost frame is in a file below minirec/ and was at a `raise` statement."""
     last = error.__traceback__
+    assert last is not None, "it was caught"
     while last.tb_next is not None:
         last = last.tb_next
     code = last.tb_frame.f_code

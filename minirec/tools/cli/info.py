@@ -117,11 +117,10 @@ def _say_what_fits(config: RecurrentConfig, args: argparse.Namespace) -> None:
     """Memory of weights and KV cache, and for each memory in the arguments how many tokens fit beside the weights."""
     r, dtypes = config.mean_recurrence, (torch.float32, torch.bfloat16)
     weights = [_parameters(config) * dtype.itemsize for dtype in dtypes]
-    policies = [("full", r), *(("shared", 2**i) for i in range(r.bit_length()) if 2**i < min(r, 32))]
-    tokens = {
-        f"KV per token, {kv}, {slots} slot(s)": [bytes_per_token(config, r, kv, slots, dtype) for dtype in dtypes]
-        for kv, slots in policies
-    }
+    tokens = {f"KV per token, full, {r} slot(s)": [bytes_per_token(config, r, dtype=dtype) for dtype in dtypes]}
+    for slots in (2**i for i in range(r.bit_length()) if 2**i < min(r, 32)):
+        sizes = [bytes_per_token(config, r, "shared", slots, dtype) for dtype in dtypes]
+        tokens[f"KV per token, shared, {slots} slot(s)"] = sizes
     show(f"\n  {'':<34}{'float32':>12}{'bfloat16':>12}")
     for what, sizes in {"weights": weights, **tokens}.items():
         show(f"  {what:<34}" + "".join(f"{readable(size):>12}" for size in sizes))

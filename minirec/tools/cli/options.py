@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from minirec.config import shown
 from minirec.files.checkpoint import SHIPPED
 from minirec.tools.cli.terminal import show
 
@@ -118,7 +119,7 @@ def whole_number(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
             n = None
         if n is None or not low <= n <= high:
             limits = f"at most {high}" if low < 0 else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number, {limits}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number, {limits}")
         return n
 
     return convert
@@ -132,7 +133,7 @@ def real(text: str) -> int | float:
     try:
         return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{_short(text)} is not a number") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number") from None
 
 
 def memory(text: str) -> int:
@@ -141,7 +142,7 @@ def memory(text: str) -> int:
     units |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{0,15})?) *([A-Za-z]*)", text)
     if not match or match[2] not in units:
-        raise argparse.ArgumentTypeError(f"{_short(text)} is not a size like 24GB or 22.5GiB")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a size like 24GB or 22.5GiB")
     return int(float(match[1]) * units[match[2]])
 
 
@@ -150,13 +151,9 @@ def device(text: str) -> torch.device:
     try:
         torch.zeros(1, device=text).item()
     except Exception as error:  # every backend has its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{_short(text)} is not available here: {reason}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not available here: {reason}") from None
     return torch.device(text)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 # --- options of several commands -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from minirec import adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront, speculative
 from minirec.files import checkpoint
@@ -19,7 +20,7 @@ from minirec.tools.cli.options import (
     real,
 )
 
-SAMPLERS = {
+SAMPLERS: dict[str, Callable] = {
     "autoregressive": autoregressive.generate,
     "adaptive": adaptive_exit.generate,
     "speculative": speculative.generate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def add_parser(commands) -> None:
         "--until", type=count, default=ABSENT, metavar="STEP", help="stop after this step (default: the last)"
     )
     for f in dataclasses.fields(training.TrainingConfig):
-        kind = {"type": count if f.type == "int" else float}
+        kind: dict[str, Any] = {"type": count if f.type == "int" else float}
         if f.name == "families":
             kind = {"nargs": "+"}
         elif f.name == "seed":
@@ -74,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
     """Train, and leave a checkpoint that `generate` reads."""
     fields = dataclasses.fields(training.TrainingConfig)
     config = training.TrainingConfig(**{f.name: getattr(args, f.name) for f in fields})
-    special = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
-    shape = dataclasses.replace(RecurrentConfig.preset(getattr(args, "preset", "tiny")), **special)
+    shape = RecurrentConfig.preset(getattr(args, "preset", "tiny"))
+    shape = dataclasses.replace(shape, bos_token_id=BEGIN, eos_token_id=END, pad_token_id=PAD)
     torch.manual_seed(args.seed)
     device = processes.join(args.device)
     if "start" in args:

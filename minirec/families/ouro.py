@@ -1,0 +1,116 @@
+"""Ouro: a whole transformer, run several times, with a learned gate that says when to stop (arXiv 2510.25741).
+
+What differs from the recurrent block of Huginn:
+
+    parts       no prelude and no coda: e is the token's embedding, the head reads the state
+    injection   none: the state starts as e, and no later step sees e
+    loops       one norm after each; its output feeds the next loop, the gate and the head
+    block       Llama's layer with a second norm after each branch, inside the sum
+
+A state of zeros stands for one that has not begun.  Without injection a state cannot follow its token when that changes
+(arXiv 2510.14961, section 3.1).  Depths beyond the trained loops (`mean_recurrence`) were never trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minirec.config import number
+from minirec.families.llama import LlamaAttention, LlamaConfig, LlamaMLP, rope_table
+from minirec.recurrent_block import Attend, RecurrentDepthLM, RMSNorm, causal, run, wide
+
+
+@dataclass
+class OuroConfig(LlamaConfig):
+    """early_exit_threshold: the published default of the gate's criterion."""
+
+    n_layers_in_prelude: int = 0
+    n_layers_in_coda: int = 0
+    early_exit_threshold: float = 1.0
+
+    KEYS: ClassVar[dict[str, str]] = LlamaConfig.KEYS | {"total_ut_steps": "mean_recurrence"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.mean_backprop_depth = self.mean_recurrence
+        self.early_exit_threshold = number("early_exit_threshold", self.early_exit_threshold)
+
+
+class OuroBlock(nn.Module):
+    """x <- x + norm(attn(norm(x)));   x <- x + norm(mlp(norm(x)))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn, self.mlp = LlamaAttention(config), LlamaMLP(config)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(self, name, RMSNorm(config.n_embd, config.norm_eps))
+            setattr(self, f"{name}_2", RMSNorm(config.n_embd, config.norm_eps))
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        x = self.input_layernorm_2(self.self_attn(self.input_layernorm(x), rope, attend)) + x
+        return self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x))) + x
+
+
+class Looped(RecurrentDepthLM):
+    """A transformer without prelude, coda or injection that is run again and again; parts as of `RecurrentDepthLM`."""
+
+    block_class: type[nn.Module]
+
+    def build(self) -> None:
+        """Modules under the names of the published tensors."""
+        config = self.config
+        layers = nn.ModuleList(self.block_class(config) for _ in range(config.n_layers_in_recurrent_block))
+        embedding, norm = nn.Embedding(config.padded_vocab_size, config.n_embd), RMSNorm(config.n_embd, config.norm_eps)
+        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The matrix of token embeddings."""
+        return self.model.embed_tokens
+
+    def rope(self, positions: Tensor) -> Tensor:
+        """The rotation of every position: (..., T) int64 -> (..., T, 1, head_dim/2) complex64."""
+        return rope_table(positions, self.config)
+
+    def initial_state(self, positions: Tensor, seed: int | Tensor = 0, scale: float = 1.0) -> Tensor:
+        """Zeros (..., d), which `recur` takes for e; seed and scale have nothing to change."""
+        return torch.zeros(*positions.shape, self.config.n_embd, device=positions.device, dtype=self.dtype)
+
+    def prelude(self, tokens: Tensor, at=None) -> Tensor:
+        """The embedding of tokens (B, T) int64: e (B, T, d)."""
+        return self.model.embed_tokens(tokens)
+
+    def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:
+        """One loop, state and embedding (B, T, d) each -> the next state (B, T, d)."""
+        x = torch.where((s == 0).all(dim=-1, keepdim=True), e, s)  # a state that has not begun starts as e
+        return self.model.norm(run(self.model.layers, x, at or self.whole(x), "core", slot))
+
+    def coda(self, s: Tensor, at=None, only: Tensor | None = None) -> Tensor:
+        """The head alone: state (B, T, d) -> logits (B, T, V) in float32 or wider; with only, of one position a row."""
+        return wide(self.lm_head(self.picked(s, only)))
+
+
+class Ouro(Looped):
+    """A looped model with an exit gate."""
+
+    block_class = OuroBlock
+
+    def build(self) -> None:
+        """The modules of a looped model, and the gate."""
+        super().build()
+        self.model["early_exit_gate"] = nn.Linear(self.config.n_embd, 1)
+
+    def gate(self, s: Tensor) -> Tensor:
+        """The gate's lambda: states (..., d) after a loop -> (...), the probability to stop there if not before."""
+        return wide(self.model.early_exit_gate(s))[..., 0].sigmoid()
+
+
+def exit_distribution(gates: Tensor) -> Tensor:
+    """The probability of each loop to be the last: lambdas (R, ...) -> (R, ...); the last loop takes what is left."""
+    stay = torch.cat([torch.ones_like(gates[:1]), (1 - gates[:-1]).cumprod(dim=0)])  # of having come so far
+    return torch.cat([gates[:-1] * stay[:-1], stay[-1:]])

@@ -1,0 +1,121 @@
+"""Raven: a pretrained Llama or OLMo-2, cut into prelude, core and coda and trained to loop (arXiv 2511.07384).
+
+What differs from the recurrent block of Huginn:
+
+    block       two norms instead of four: before each branch (Llama), or after it and before the sum (OLMo-2)
+    queries     more heads than keys and values have; no offset; OLMo-2 norms q and k over all heads together
+    rotation    of channel halves
+    embedding   not scaled; the head is a matrix of its own
+    ln_f        before the head alone, not between core and coda
+
+`initial_state_mode` "embed-init" starts the state as e; "skip-adapter" also leaves the adapter out of the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minirec.config import flag, number, one_of
+from minirec.families.llama import LlamaConfig, grouped, rope_table
+from minirec.noise import truncated_normal
+from minirec.recurrent_block import Attend, GatedMLP, RecurrentDepthLM, RMSNorm, causal, run, wide
+
+STD = 0.0087038827977848  # of the initial state in every published model: sqrt(2 / 5d) at Huginn's width
+
+
+@dataclass
+class RavenConfig(LlamaConfig):
+    """olmo: whether blocks are those of OLMo-2.  state_std: standard deviation of the initial state."""
+
+    olmo: bool = False
+    state_std: float = STD
+    initial_state_mode: str = "random"
+
+    KEYS: ClassVar[dict[str, str]] = dict(
+        num_key_value_heads="n_kv_heads", max_position_embeddings="block_size", rope_theta="rope_base"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.olmo = flag("olmo", self.olmo)
+        self.state_std = number("state_std", self.state_std, above=0)
+        one_of("initial_state_mode", self.initial_state_mode, ("random", "embed-init", "skip-adapter"))
+
+
+class RavenAttention(nn.Module):
+    """Grouped-query attention; queries, keys and values come from one matrix, as in Huginn."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.heads = config.n_heads, config.n_kv_heads
+        self.widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        self.Wqkv = nn.Linear(config.n_embd, sum(self.widths), bias=False)
+        self.proj = nn.Linear(self.widths[0], config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.widths[0], config.norm_eps) if config.olmo else None
+        self.k_norm = RMSNorm(self.widths[1], config.norm_eps) if config.olmo else None
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        q, k, v = self.Wqkv(x).split(self.widths, dim=-1)  # (B, T, H c), (B, T, K c) twice
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.proj(grouped(q, k, v, self.heads, rope, attend))
+
+
+class RavenBlock(nn.Module):
+    """x <- x + attn(norm(x)) in Llama, x <- x + norm(attn(x)) in OLMo-2; then the same with the MLP."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.olmo = config.olmo
+        self.norm_1, self.norm_2 = (RMSNorm(config.n_embd, config.norm_eps) for _ in range(2))
+        self.attn = RavenAttention(config)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        if self.olmo:
+            x = self.norm_1(self.attn(x, rope, attend)) + x
+            return self.norm_2(self.mlp(x)) + x
+        x = self.attn(self.norm_1(x), rope, attend).add_(x)
+        return self.mlp(self.norm_2(x)).add_(x)
+
+
+class Raven(RecurrentDepthLM):
+    """A retrofitted model; parts and use as of `RecurrentDepthLM`."""
+
+    block_class = RavenBlock
+
+    def rope(self, positions: Tensor) -> Tensor:
+        """The rotation of every position: (..., T) int64 -> (..., T, 1, head_dim/2) complex64."""
+        return rope_table(positions, self.config)
+
+    def initial_state(self, positions: Tensor, seed: int | Tensor = 0, scale: float = 1.0) -> Tensor:
+        """Truncated normal of `state_std`; zeros, which `recur` takes for e, if the state starts as e."""
+        std = self.config.state_std * scale if self.config.initial_state_mode == "random" else 0.0
+        return truncated_normal(seed, positions, self.config.n_embd, std).to(self.dtype)
+
+    def prelude(self, tokens: Tensor, at=None) -> Tensor:
+        """P: tokens (B, T) int64 -> e (B, T, d)."""
+        e = self.transformer.wte(tokens)  # (B, T, d)
+        return run(self.transformer.prelude, e, at or self.whole(e), "prelude")
+
+    def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:
+        """R: one recurrence step, state and embedding (B, T, d) each -> (B, T, d)."""
+        mode, first = self.config.initial_state_mode, None
+        if mode != "random":
+            first = (s == 0).all(dim=-1, keepdim=True)  # (B, T, 1)
+            s = torch.where(first, e, s)
+        x = self.transformer.adapter(torch.cat([s, e], dim=-1))
+        if mode == "skip-adapter":
+            x = torch.where(first, e, x)
+        return run(self.transformer.core_block, x, at or self.whole(x), "core", slot)
+
+    def coda(self, s: Tensor, at=None, only: Tensor | None = None) -> Tensor:
+        """C: state (B, T, d) -> logits (B, T, V) in float32 or wider; with only (B,) of one position a row."""
+        x = run(self.transformer.coda, s, at or self.whole(s), "coda")
+        return wide(self.lm_head(self.transformer.ln_f(self.picked(x, only))))
