@@ -159,7 +159,7 @@ class Engine:
             ran = [(s.row, s.request.id, max(s.depths) + (stage is Stage.RECUR)) for s in slots]
             done = Pass(stage, cells, ran)
         for slot, change in zip(slots, self._passes(stage, slots, len(self.busy)), strict=True):
-            slot.become(**change)
+            slot.become(change)
         self.passes[stage] += 1
         self.cells[stage] += cells
         self.slots_in[stage] += len(slots)
@@ -202,7 +202,7 @@ class Engine:
         self.grid.seed[row] = request.seed
         slot, tokens = Slot(row, request, Part(initial, 0, n)), request.prompt[: self.chunk]
         move = Move([], 0, tokens, [0] * len(tokens))
-        slot.become(**slot.opened(move, self._passes.steps(slot, move)))
+        slot.become(slot.opened(move, self._passes.steps(slot, move)))
         now, busy, free = self.clock(), [*self.busy, slot], self.free[:-1]
         self.busy, self.free, request.admitted, request.state = busy, free, now, State.PREFILL
         self.scheduler.waiting.pop(request.id)

@@ -63,9 +63,13 @@ class Passes:
     def recur(self, slots: list[Slot]) -> list[dict]:
         at = self._cells(slots)
         before, e = together([s.state for s in slots]), together([s.embedding for s in slots])  # (N, 1, d) each
-        # "full" keeps a request's own steps apart; shared slots are counted on, by diffusion forcing past num_steps too
-        full = self.grid.cache.kv == "full"
-        depths = [min(d, slot.request.num_steps - 1) if full else d for slot in slots for d in slot.depths]
+        # diffusion forcing may count past num_steps; the slots of steps that a request never runs are not its own
+        kept = self.grid.cache.slots
+        depths = [
+            min(d, slot.request.num_steps - 1) if kept > slot.request.num_steps else d
+            for slot in slots
+            for d in slot.depths
+        ]
         s = self.grid.recur(before, e, at, at.depths(depths))  # (N, 1, d)
         exits = [
             not self.waves and slot.request.state is State.DECODE and slot.request.threshold is not None
@@ -99,7 +103,7 @@ class Passes:
             if slot.request.state is State.DECODE:
                 depths = [min(depth, slot.request.num_steps) for _, depth in move.final]
                 self.grid.cache.copy_deeper(slot.row, slot.start, depths)
-            changes.append(slot.opened(move, self.steps(slot, move)) | {"decodes": slot.decodes + 1})
+            changes.append(slot.opened(move, self.steps(slot, move)))
         return changes
 
     def _choose(self, logits: Tensor, at: Cells, slots: list[Slot]) -> tuple[Tensor, dict[TokenChoice, Exception]]:

@@ -5,7 +5,6 @@ Everything here is a function of a slot that returns what would change.  `Slot.b
 
 from __future__ import annotations
 
-from collections import deque
 from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -76,31 +75,32 @@ class Slot:
     state: Part | None = None  # of the cells that have begun
     embedding: Part | None = None  # of the cells that have passed the prelude
     before: Part | None = None  # their states at the start of this round of steps
-    drawn: deque[tuple[int, int, int]] = field(default_factory=deque)  # (number, token, depth), final, not handed over
-    unheard: deque[int] = field(default_factory=deque)  # those of them that on_token has yet to be called with
+    drawn: list[tuple[int, int, int]] = field(default_factory=list)  # (number, token, depth), final, not handed over
+    unheard: list[int] = field(default_factory=list)  # those of them that on_token has yet to be called with
     stopped: bool = False  # on_token has returned False
     error: Exception | None = None  # that the request fails with
     passes: int = 0
     row_steps: int = 0
     decodes: int = 0
 
-    def become(self, **changes) -> None:
-        """Change several fields in one indivisible update: an interrupt finds all of them changed, or none."""
+    def become(self, changes: dict) -> None:
+        """Change fields in one indivisible update: an interrupt finds all of them changed, or none."""
         vars(self).update(changes)
 
     def opened(self, move: Move, left: int) -> dict:
         """After a coda, or at the start: the tokens to hand over and the next window, `left` steps from its coda."""
-        skipped, first = move.start - self.start, len(self.request.generation.tokens)
-        begun = skipped + sum(depth > 0 for depth in move.depths)
-        state = (self.state or self.initial).cut(skipped, begun)
+        skipped, first, request = move.start - self.start, len(self.request.generation.tokens), self.request
+        state = (self.state or self.initial).cut(skipped, skipped + len(move.depths) - move.depths.count(0))
         new = len(move.tokens) - move.known
-        return dict(
-            start=move.start, tokens=[max(token, 0) for token in move.tokens], depths=move.depths, new=new,
-            front=move.front, left=left, stage=Stage.PRELUDE if new else Stage.RECUR, state=state, before=state,
-            embedding=(self.embedding or self.initial).cut(skipped, skipped + move.known),
-            drawn=deque((first + i, token, depth) for i, (token, depth) in enumerate(move.final)),
-            unheard=deque(token for token, _ in move.final if self.request.on_token is not None),
-        )  # fmt: skip
+        return {
+            "start": move.start, "tokens": [max(token, 0) for token in move.tokens], "depths": move.depths, "new": new,
+            "front": move.front, "left": left, "stage": Stage.PRELUDE if new else Stage.RECUR,
+            "state": state, "before": state,
+            "embedding": (self.embedding or self.initial).cut(skipped, skipped + move.known),
+            "drawn": [(first + i, token, depth) for i, (token, depth) in enumerate(move.final)],
+            "unheard": [] if request.on_token is None else [token for token, _ in move.final],
+            "decodes": self.decodes + (self.state is not None),
+        }  # fmt: skip
 
     def embedded(self, e: Part) -> dict:
         """After the prelude, which gave its new cells the embeddings e."""
@@ -110,15 +110,15 @@ class Slot:
             s = _joined(self.state, s)
         if self.embedding.cells:
             e = _joined(self.embedding, e)
-        return dict(embedding=e, state=s, before=s, new=0, stage=Stage.RECUR)
+        return {"embedding": e, "state": s, "before": s, "new": 0, "stage": Stage.RECUR}
 
     def looped(self, state: Part, embedding: Part, settled: bool) -> dict:
         """After a recurrence step; settled: the exit criterion has been met."""
-        return dict(
-            state=state, embedding=embedding, depths=[depth + 1 for depth in self.depths], left=self.left - 1,
-            stage=Stage.CODA if self.left == 1 or settled else Stage.RECUR,
-            passes=self.passes + 1, row_steps=self.row_steps + len(self.tokens),
-        )  # fmt: skip
+        return {
+            "state": state, "embedding": embedding, "depths": [depth + 1 for depth in self.depths],
+            "left": self.left - 1, "stage": Stage.CODA if self.left == 1 or settled else Stage.RECUR,
+            "passes": self.passes + 1, "row_steps": self.row_steps + len(self.tokens),
+        }  # fmt: skip
 
     def report(self) -> None:
         """Bring the counts of the request's generation up to date."""
