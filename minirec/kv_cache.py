@@ -272,7 +272,7 @@ class Window:
     (B, L) int64: the tokens of all positions, if the model reads those of the window.
     """
 
-    text: Tensor | None = None
+    text: Tensor
     start: int | None
     mask: Tensor | None
 

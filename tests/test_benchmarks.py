@@ -132,9 +132,9 @@ def steps_of(monkeypatch, generate) -> list[tuple[int, str, list[tuple]]]:
         windows.append((*begin, grid.cache.kv))
         return window(grid, begin, width)
 
-    def spy_linear(x, weight):
+    def spy_linear(x, weight, bias=None):
         calls.append((tuple(x.shape), weight.data_ptr()))
-        return linear(x, weight)
+        return linear(x, weight, bias)
 
     def on_token(token):
         steps.append((*windows[-1], calls.copy()))

@@ -57,13 +57,14 @@ ENGINES = st.fixed_dictionaries(
 def alone(model, request: dict, seed: int, mode: str = "depth", cache: dict = {}, **engine):  # noqa: B006
     """What a request gives without an engine.
 
-    With shared slots the result depends on how a prompt is cut, and a sampler takes at most as many slots as it has
-    steps.  Where no sampler does what the engine does, this is an engine with nothing else in it.
+    With fewer slots than steps the result depends on how a prompt is cut: for a prompt of several chunks, this is an
+    engine with nothing else in it.  With more slots than a request has steps, each step has its own, as in "full".
     """
     steps, slots = request["num_steps"] or model.config.mean_recurrence, cache.get("kv_slots", 1)
     front = mode == "wavefront" and request["threshold"] is not None
     widest = max(1, engine.get("row_budget", 64) // engine.get("slots", 8))
-    if cache and (slots > steps or (slots < steps and len(request["prompt"]) > engine.get("chunk", 32))):
+    cache = {} if slots > steps else cache
+    if cache and slots < steps and len(request["prompt"]) > engine.get("chunk", 32):
         own = {"slots": 1, "row_budget": widest if front else engine.get("row_budget", 64)}
         lonely = Engine(model, max_length=24, mode=mode, **(engine | own | cache))
         id = submit(lonely, request, seed)
@@ -151,7 +152,7 @@ def test_a_wave_with_a_threshold_is_diffusion_forcing(small_model, guess_after, 
             r | {"threshold": (0.02, 0.2, 0.6)[i % 3], "num_steps": num_steps, "cancelled": 40 if i == 4 else None}
             for i, r in enumerate(plain(8, new=12))
         ]
-        for cache in ({}, {"kv": "shared", "kv_slots": 1 + seed}):
+        for cache in ({}, {"kv": "shared", "kv_slots": 1 + 2 * seed}) if row_budget == 64 else ({},):
             check_serves(
                 model, "wavefront", requests, slots=3, guess_after=guess_after, row_budget=row_budget, cache=cache
             )
@@ -386,17 +387,18 @@ def test_an_interrupt_at_any_line_costs_nothing(small_model, mode, visit):
 def test_an_interrupt_of_submit_or_cancel_leaves_nothing_half_done(small_model):
     """A request that was cut on its way in is there and runs, or is not there at all."""
     engine, accepted = Engine(small_model(0), slots=2, max_length=24), 0
-    for lines in range(150):
+    for lines in itertools.count():
         try:
             with interrupted(after(lines)):
                 accepted += engine.submit([1, 2], 2, stop_tokens=()) >= 0
         except Cut:
             pass
         assert set(engine.requests) == set(engine.scheduler.waiting)
-    assert 0 < accepted <= len(engine.requests) < 150
-    for lines, id in enumerate(list(engine.requests)[::3]):
+        if accepted == 3:
+            break
+    for lines, id in enumerate([engine.submit([3], 2) for _ in range(8)]):
         try:
-            with interrupted(after(lines % 8)):
+            with interrupted(after(lines)):
                 engine.cancel(id)
         except Cut:
             pass

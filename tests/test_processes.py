@@ -60,7 +60,7 @@ def test_when_one_process_ends_all_end_and_the_last_save_stays(runs):
     _, _, interrupted, left, _ = runs
     assert interrupted.returncode != 0
     assert re.search(r"exitcode\s*: 3 ", interrupted.stderr), interrupted.stderr
-    assert left == ["log.csv", "state.safetensors"]
+    assert set(left) - {".lock"} == {"log.csv", "state.safetensors"}  # torchrun may have killed it with its lock
 
 
 def test_two_processes_have_the_losses_and_evaluations_of_one(runs):

@@ -28,9 +28,9 @@ class Outbox:
             return
         request.record(number, token, depth, self.clock())
         slot.report()
-        if len(slot.unheard) == len(slot.drawn):
+        if request.on_token is not None and len(slot.unheard) == len(slot.drawn):
             try:  # off the list and then the call, on one line: an interrupt finds neither done, or the call begun
-                slot.stopped = request.on_token(slot.unheard.popleft()) is False
+                slot.stopped = request.on_token(slot.unheard.pop(0)) is False
             except Exception as raised:  # the caller's function: its request fails, and no other
                 slot.error = raised
         finished = slot.stopped or token in request.stop_tokens or number + 1 == request.max_new_tokens
@@ -39,7 +39,7 @@ class Outbox:
         if finished:
             self.end(request, State.FINISHED)
         elif slot.error is None:
-            slot.drawn.popleft()
+            slot.drawn.pop(0)
 
     def end(self, request: Request, state: State, error: Exception | None = None) -> None:
         """End a request, unless it has ended."""

@@ -63,15 +63,19 @@ class Passes:
     def recur(self, slots: list[Slot]) -> list[dict]:
         at = self._cells(slots)
         before, e = together([s.state for s in slots]), together([s.embedding for s in slots])  # (N, 1, d) each
-        # "full" keeps a request's own steps apart; shared slots are counted on, by diffusion forcing past num_steps too
-        full = self.grid.cache.kv == "full"
-        depths = [min(d, slot.request.num_steps - 1) if full else d for slot in slots for d in slot.depths]
+        # diffusion forcing may count past num_steps; the slots of steps that a request never runs are not its own
+        kept = self.grid.cache.slots
+        depths = [
+            min(d, slot.request.num_steps - 1) if kept > slot.request.num_steps else d
+            for slot in slots
+            for d in slot.depths
+        ]
         s = self.grid.recur(before, e, at, at.depths(depths))  # (N, 1, d)
         exits = [
             not self.waves and slot.request.state is State.DECODE and slot.request.threshold is not None
             for slot in slots
         ]
-        moved = latent_diff(before, s)[:, 0].tolist() if any(exits) else None
+        moved = latent_diff(before, s)[:, 0].tolist() if any(exits) else []
         changes, first = [], 0
         for slot, may in zip(slots, exits, strict=True):
             n, settled = len(slot.tokens), may and moved[first] < slot.request.threshold
@@ -84,7 +88,7 @@ class Passes:
     def coda(self, slots: list[Slot], busy: int) -> list[dict]:
         at, s = self._cells(slots), together([slot.state for slot in slots])  # (N, 1, d)
         guesses, failed = self._choose(self.grid.decode(s, at), at, slots)  # (N, 1)
-        moved = None
+        moved: list[float] = []
         if any(slot.front for slot in slots):
             moved = latent_diff(together([slot.before for slot in slots]), s)[:, 0].tolist()
         guessed, first, changes = guesses[:, 0].tolist(), 0, []  # the one synchronisation of the pass
@@ -94,12 +98,13 @@ class Passes:
             if failed and slot.request.choice in failed:
                 changes.append({"error": failed[slot.request.choice]})
                 continue
-            calm = [x < slot.request.threshold for x in moved[own]] if slot.front else []
+            limit = slot.request.threshold
+            calm = [x < limit for x in moved[own]] if slot.front and limit is not None else []
             move = self._move(slot, guessed[own], calm, busy)
             if slot.request.state is State.DECODE:
                 depths = [min(depth, slot.request.num_steps) for _, depth in move.final]
                 self.grid.cache.copy_deeper(slot.row, slot.start, depths)
-            changes.append(slot.opened(move, self.steps(slot, move)) | {"decodes": slot.decodes + 1})
+            changes.append(slot.opened(move, self.steps(slot, move)))
         return changes
 
     def _choose(self, logits: Tensor, at: Cells, slots: list[Slot]) -> tuple[Tensor, dict[TokenChoice, Exception]]:

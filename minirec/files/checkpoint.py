@@ -23,9 +23,10 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -228,16 +229,20 @@ def save(model: RecurrentDepthLM, folder: str | Path, *, max_shard_size: str = "
         files[INDEX] = as_json({"metadata": split.metadata, "weight_map": where})
     with saving(folder, OWNED) as write:
         for file, held in split.filename_to_tensors.items():
-            write(names[file], lambda path, held=held: save_file({n: tensors[n] for n in held}, path, {"format": "pt"}))
+            write(names[file], partial(_write_tensors, {name: tensors[name] for name in held}))
         for file, writer in files.items():
             write(file, writer)
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    save_file(tensors, path, {"format": "pt"})
 
 
 def _words(shape: torch.Size | str) -> str:
     return shape if isinstance(shape, str) else f"of shape {tuple(shape)}"
 
 
-def plain(model: nn.Module) -> tuple[RecurrentDepthLM, dict[str, nn.Parameter]]:
+def plain(model: Any) -> tuple[RecurrentDepthLM, dict[str, nn.Parameter]]:
     """The model inside the wrappers of torch.compile and DistributedDataParallel, and its parameters, tied ones once.
 
     ValueError if it is another wrapper, or if a parameter is no plain tensor with values: sharded by FSDP, quantized,
@@ -315,7 +320,7 @@ def make_random(
         with tqdm(total=size, unit="B", unit_scale=True, desc="writing", disable=None, leave=False) as bar:
             for file, names in files.items():
                 tensors = {name: value(name).to(dtype) for name in names}
-                write(file, lambda path, tensors=tensors: save_file(tensors, path, {"format": "pt"}))
+                write(file, partial(_write_tensors, tensors))
                 bar.update(sum(t.nbytes for t in tensors.values()))
                 del tensors  # before the next shard is made
         if shards > 1:

@@ -51,7 +51,7 @@ FIELDS = {
     "tie_embeddings": Flag(),
 }
 # What minirec reads of generation_config.json beside the token ids: defaults of its samplers.
-SAMPLERS = {
+SAMPLERS: dict[str, dict] = {
     "diffusion_forcing": {
         "inner_steps": Count(1, 2**16),
         "exit_threshold": Number(0, 1e30),

@@ -20,7 +20,7 @@ def add_parser(commands) -> None:
         commands,
         run,
         "generate",
-        "continue a prompt; the text appears as its tokens freeze, with control characters replaced",
+        "continue a prompt; the text appears as its tokens freeze, control characters as escapes",
         f"--stats '{EXAMPLE}'",
         [MODEL, REVISION, *DECODING, DEVICE, THREADS],
     )

@@ -1,7 +1,7 @@
 """What goes to the terminal: text without control characters, and streams that may be closed or full.
 
 Texts from a checkpoint (its note, its tokens, names in errors) can hold escape sequences that clear the screen or
-set the clipboard.  They are replaced wherever the output goes: a file is shown on a terminal later.
+set the clipboard.  They are shown as escapes wherever the output goes: a file may be shown on a terminal later.
 """
 
 from __future__ import annotations
@@ -11,14 +11,7 @@ import sys
 
 from tokenizers import Tokenizer
 
-# C0 without tab and newline, DEL, C1, and what changes the direction of the text around it
-CONTROL = [*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-REPLACED = dict.fromkeys(CONTROL, "\N{REPLACEMENT CHARACTER}") | {ord("\t"): "\t", ord("\n"): "\n"}
-
-
-def printable(text: str) -> str:
-    """The text with every control character, except newline and tab, replaced by U+FFFD; of the same length."""
-    return text.translate(REPLACED)
+from minirec.files.machine import printable
 
 
 def open_streams() -> None:
