@@ -426,7 +426,7 @@ def test_without_injection_diffusion_forcing_starts_changed_positions_again(
     """On the fixed schedule a frozen position has run all its steps on its last token, so nothing is approximate."""
     model = small_family(name, seed)
     made = diffusion_forcing.generate(
-        model, prompts, 8, num_steps=r, inner_steps=inner, schedule="fixed", momentum=0.0, stop_tokens=(), trace=True
+        model, prompts, 8, num_steps=r, inner_steps=inner, schedule="fixed", stop_tokens=(), trace=True
     )
     if r % inner == 0:
         plain = autoregressive.generate(model, prompts, 8, num_steps=r, stop_tokens=())
