@@ -39,13 +39,14 @@ FEW = 8  # cells of a row up to which it shares a call with others that have few
 def slots_kept(num_steps: int, kv: str, kv_slots: int) -> int:
     """Slots of the recurrent block's keys and values: num_steps with kv "full", kv_slots with "shared".
 
-    Raises ValueError for an unknown kv, for kv_slots outside 1..num_steps, and for kv_slots above 1 with kv "full".
+    Raises ValueError for an unknown kv, for kv_slots outside 1..num_steps, and with kv "full" for kv_slots that are
+    neither left at 1 nor what it keeps, num_steps.
     """
     num_steps, kv_slots = whole("num_steps", num_steps, 1, MOST_STEPS), whole("kv_slots", kv_slots)
     one_of("kv", kv, ("full", "shared"))
     if not 1 <= kv_slots <= num_steps:
         raise ValueError(f"kv_slots is {shown(kv_slots)}; it must be from 1 to num_steps, here {num_steps}")
-    if kv == "full" and kv_slots > 1:
+    if kv == "full" and kv_slots not in (1, num_steps):
         raise ValueError(f"kv_slots is {kv_slots}, which has no effect with kv 'full'; it needs kv 'shared'")
     return num_steps if kv == "full" else kv_slots
 

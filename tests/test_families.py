@@ -325,7 +325,9 @@ def test_lossless_samplers_are_autoregressive(small_family, name, seed, prompts,
 @pytest.mark.parametrize("name", PUBLISHED)
 @given(st.integers(0, 3), PROMPTS, st.integers(2, 5), st.integers(1, 2), CHOICES, st.booleans(), st.booleans())
 @settings(max_examples=6)
-def test_a_row_of_a_batch_gets_what_it_gets_alone(small_family, name, seed, prompts, steps, inner, choice, shared, fast):
+def test_a_row_of_a_batch_gets_what_it_gets_alone(
+    small_family, name, seed, prompts, steps, inner, choice, shared, fast
+):
     model, seeds = small_family(name, seed), [3 + row for row in range(len(prompts))]
     options = dict(num_steps=steps, stop_tokens=(), fast=fast, kv="shared" if shared else "full", **choice)
     samplers = [
