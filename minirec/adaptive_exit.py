@@ -8,31 +8,31 @@
         1 |  * * * * * * * * * *
           +---------------------   position     (the prompt is run to depth r, unless exit_in_prefill)
 
-After a recurrence step a criterion compares what there is now with what there was before: two states, or two outputs
-of the coda, which costs a coda call a step.  Below the threshold, the token is taken from there.  `CRITERIA` lists
-them with the thresholds of the official code (`generate_with_adaptive_compute`); the idea is in 2502.05171, section
-6.1, with KL below 5e-4.  Exiting means that the host must know after every step whether to go on: one synchronisation
-a step, never more, which no other sampler here needs.
+After each recurrence step a criterion compares the new state with the previous one, or the new output of the coda
+with the previous output; comparing outputs costs one coda call per step.  When the change falls below the threshold,
+the token is decoded from that state.  `CRITERIA` lists the criteria with the thresholds of the official code
+(`generate_with_adaptive_compute`); 2502.05171, section 6.1, uses KL below 5e-4.  The host must know after every step
+whether to continue, so this sampler synchronises once per step; no other sampler here needs that.
 
-**What a deeper token reads of a shallower one.**  With a cache per step, a token that loops deeper than one before it
-asks for keys and values which that one never made.  It reads the last ones that were made ("latest": 2502.05171,
-remark 6.1): a token that exits stands in for its own missing steps.
+**What a deeper token reads of a shallower one.**  With one cache slot per step, a token that loops deeper than an
+earlier one needs keys and values that the earlier token never computed.  It reads the last ones that exist ("latest":
+2502.05171, remark 6.1): the last step a token ran is reused for the deeper steps it skipped.
 
 **A learned gate.**  A model that has one, as Ouro, has the criterion "gate" too.  After each step the gate gives the
 probability lambda of stopping there if not before; a token exits once the probability of having stopped,
 1 - prod (1 - lambda), summed step by step, reaches the threshold (2510.25741).  The published code runs every loop and
 then picks one; here a token stops looping, and deeper tokens read its last step as above.
 
-**A batch.**  All rows run until the last one exits.  A row that exited repeats its last step: the same input state at
-the same depth gives the same state, keys and values, in any kind of cache, and nothing of it changes any more.  So a
-row's tokens and depths are those it gets alone.  It waits, though: steps are saved only where all rows have exited.
+**A batch** runs in lockstep until its last row exits.  A row that has exited repeats its last step: the same input at
+the same depth gives the same state, keys and values, so nothing changes.  Each row therefore gets the tokens and depths
+it gets alone, but it waits for the others: a batch saves only the steps that no row needs.
 
 **Where this differs from the official code** (seal-rg/recurrent-pretraining, 59e0b69; see tests/golden/QUIRKS.md).
-Theirs lets a row that exited go on writing, and its later tokens read what it would not have had alone.  Theirs decodes
-the last *checked* step if no check fires, ours the last step.  Theirs counts min_steps from 0, so that 3 means 4.  A
-zero state has no direction, and their cosine is NaN there; ours is a change of 1.  A criterion that reads the coda
-has nothing to compare its first output with and cannot exit there (their KL compares with the uniform distribution).
-Tokens, steps and values are otherwise theirs (tests/test_adaptive_exit.py).
+The official code lets a row that has exited keep writing keys and values, so its later tokens differ from those it
+gets alone.  It decodes the last *checked* step if no check fires; we decode the last step.  It counts min_steps from 0,
+so 3 means 4.  Its cosine of a zero state is NaN; ours counts as a change of 1.  A criterion that reads the coda cannot
+exit at its first output, which has no predecessor (the official KL compares it with the uniform distribution).
+Tokens, steps and values otherwise agree (tests/test_adaptive_exit.py).
 
 Notebook: 05_adaptive_exit.
 """

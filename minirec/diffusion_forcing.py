@@ -1,14 +1,14 @@
 """Diffusion forcing: decode a whole diagonal of positions at once, each at its own depth.
 
-A recurrent-depth model can be decoded after every step, and its intermediate guesses are mostly right.  So do
-not wait for a token to be finished: let the next position start from the guess, and correct it while it runs
-(arXiv 2510.14961, Algorithm 2).  One outer step:
+A recurrent-depth model can be decoded after every step, and its intermediate guesses are mostly right.  So the next
+position starts from a guess before the current token is finished, and is corrected while it runs (arXiv 2510.14961,
+Algorithm 2).  One outer step:
 
     e = prelude(tokens of the window)         guesses included; blended with the last e (momentum eta)
     s = (1 - beta) s + beta s0'               optional noise, damped with depth
     s = R(s, e), r' times                     r' = inner_steps, for all positions of the window together
-    guesses = choose(coda(s))                 every position says again what should follow it
-    freeze                                    settled positions leave the window; what they predict is final
+    guesses = choose(coda(s))                 every position predicts its next token again
+    freeze                                    settled positions leave the window; their predictions are final
     open                                      headway new positions on the right start from their initial state
 
 | here | paper | default |       | here | paper | default |
@@ -194,7 +194,7 @@ def generate(
     embedding, eta = torch.zeros_like(grid.state), torch.zeros_like(grid.state[..., 0])  # (B, L, d), (B, L)
     change = torch.zeros_like(grid.state)  # (B, L, d): of the state, in the last outer step
     grid.prefill()  # at full depth, as in autoregressive decoding
-    last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
+    last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction is used
     fronts = [Front(g.tokens[:1], restarts=not model.injects) for g in grid.generations]
     if continuous_compute:
         for row, start in enumerate(grid.lengths):

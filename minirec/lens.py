@@ -1,4 +1,4 @@
-"""Looking inside the loop: where the state goes, and what could be read from it on the way.
+"""Looking inside the loop: the path of the state, and what can be decoded from it along the way.
 
     trajectory          s_0 .. s_r             every state that a token passes through
     relative_change     |s_k - s_(k-1)|/|s_k|  how far each step moves it
@@ -8,9 +8,9 @@
     settled             from which step on the most likely token never changes again
     principal_components                       the two or three directions in which states differ most, for pictures
 
-The coda is trained to read states of the loop, whatever their depth; the head is trained to read what the coda
-blocks make of them.  So the coda lens is the model's own reader, and the logit lens is a guess that happens to work
-in ordinary transformers.  Lu et al. (arXiv 2507.02199) compare the two on Huginn-0125; maps and paths are those of
+The coda is trained on states of any depth; the head is trained on the output of the coda blocks.  So the coda lens is
+the model's own reader, while the logit lens is a shortcut that happens to work in ordinary transformers.  Lu et al.
+(arXiv 2507.02199) compare the two on Huginn-0125; maps and paths are those of
 arXiv 2502.05171, section 7.  States are raw, before ln_f, and the step is always the first axis.
 Notebook: 03_thinking_longer.
 """

@@ -450,7 +450,7 @@ def _tensors(folder: Path) -> list[str]:
 
 @contextmanager
 def opened(file: Path) -> Iterator:
-    """A safetensors file to read from; one that is broken or foreign is a ValueError that names it."""
+    """A safetensors file to read from; raises ValueError naming one that is broken or foreign."""
     with blaming(file):  # a file that is not there, or may not be read, is an OSError
         if not file.is_dir():
             open(file, "rb").close()
