@@ -83,14 +83,6 @@ class Answer:
         self._seen = len(text)
         self._release(text)
 
-    def _echo_notes(self) -> None:
-        """The echoed tokens, once the engine has noted them: before the first new one."""
-        place, at = Detokenizer(self.tokenizer), 0
-        for i, token in enumerate(self.echoed):
-            self._waiting.append(Token(self.shown(token), at, self.notes.get(i)))
-            at += len(place.add(token))
-        self.echoed = []
-
     def shown(self, token: int) -> str:
         """A token's own text."""
         return self.tokenizer.decode([token], skip_special_tokens=False)
@@ -99,15 +91,14 @@ class Answer:
         """The next token; last: the engine has ended this answer with it."""
         if self.finish_reason is not None:
             return
-        if self.echoed and self.notes is not None:
-            self._echo_notes()
+        self._echo_notes()
         self.tokens.append(token)
         self.depths.append(depth)
-        if self.notes is not None:
-            self._waiting.append(Token(self.shown(token), self._seen, self.notes.get(self.next)))
-            self.next += 1
         stopped = token in self.stop_tokens
         new = "" if stopped else self.text.add(token)
+        if self.notes is not None:
+            self._note(self.next, token, new, self._seen)
+            self.next += 1
         if last:
             new += self.text.end()
         self._seen += len(new)
@@ -115,6 +106,26 @@ class Answer:
         if self.cut.found or last:
             self.finish_reason = "stop" if stopped or self.cut.found else "length"
             self._release(self.cut.end())
+
+    def end_without_tokens(self) -> None:
+        """The client wants no new token, only its own prompt."""
+        self._echo_notes()
+        self.finish_reason = "length"
+
+    def _echo_notes(self) -> None:
+        """The echoed tokens, once the engine has noted them: before the first new one."""
+        place, at = Detokenizer(self.tokenizer), 0
+        for i, token in enumerate(self.echoed if self.notes is not None else []):
+            new = place.add(token)
+            self._note(i, token, new, at)
+            at += len(new)
+        self.echoed = []
+
+    def _note(self, position: int, token: int, new: str, at: int) -> None:
+        """Keep a token, with which the text after `at` has become certain, until its own text is released."""
+        own = self.shown(token)
+        before = len(new) - len(own) if new.endswith(own) else 0  # what waited for it, and the space before a word
+        self._waiting.append(Token(own, at + before, self.notes.get(position)))
 
     def _release(self, text: str) -> None:
         self._out += len(text)

@@ -139,7 +139,7 @@ class Generate:
         try:
             with anyio.move_on_after(self.protocol.limits.seconds) as time_limit:
                 await call.run()
-            if time_limit.cancelled_caught:
+            if time_limit.cancelled_caught and not call.complete:
                 call.outcome = "timeout"
                 await call.fail(Problem(504, f"the request took more than {self.protocol.limits.seconds:g} seconds"))
         finally:
@@ -155,7 +155,7 @@ class _Call:
         self.endpoint, self.scope, self._receive, self._send = endpoint, scope, receive, send
         self.job: Job | None = None
         self.outcome = "failed"
-        self.complete = False  # all but the last bytes have been sent
+        self.complete = False  # nothing is left to do but to send the last bytes
         self.streaming = False  # the head of a stream has been sent, so errors are events
 
     async def run(self) -> None:
@@ -187,6 +187,7 @@ class _Call:
 
     async def fail(self, problem: Problem) -> None:
         """Tell the client of an error: as a response, or as an event of a stream that has begun."""
+        self.complete = True
         if not self.streaming:
             await error_response(problem)(self.scope, self._receive, self._send)
             return
@@ -270,7 +271,7 @@ class _Call:
             return
         answer = answers[update.part]
         if ask.max_tokens == 0:
-            answer.finish_reason = "length"
+            answer.end_without_tokens()
         elif update.token is not None:
             answer.add(update.token, update.depth, update.finished)
         if answer.finish_reason is not None and not update.finished:
