@@ -98,13 +98,17 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._recent: list[int] = []
         self._given = 0  # characters of their text that have been returned
 
     def add(self, token: int) -> str:
         """The text that has become certain with this token; it may be empty."""
+        piece = self.tokenizer.id_to_token(token)
+        if piece is None or token in self._special:  # no text, and no end of a run of bytes
+            return ""
         self._recent.append(token)
-        if BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token) or ""):
+        if BYTE_TOKEN.fullmatch(piece):
             return ""
         text = self.tokenizer.decode(self._recent)
         certain = max(self._given, len(text) - text.endswith("\N{REPLACEMENT CHARACTER}"))

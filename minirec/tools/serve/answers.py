@@ -125,7 +125,7 @@ class Answer:
         """Keep a token, with which the text after `at` has become certain, until its own text is released."""
         own = self.shown(token)
         before = len(new) - len(own) if new.endswith(own) else 0  # what waited for it, and the space before a word
-        self._waiting.append(Token(own, at + before, self.notes.get(position)))
+        self._waiting.append(Token(own, at + before, (self.notes or {}).get(position)))
 
     def _release(self, text: str) -> None:
         self._out += len(text)

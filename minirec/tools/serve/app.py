@@ -274,7 +274,7 @@ class _Call:
             answer.end_without_tokens()
         elif update.token is not None:
             answer.add(update.token, update.depth, update.finished)
-        if answer.finish_reason is not None and not update.finished:
+        if answer.finish_reason is not None and not update.finished and self.job is not None:
             self.endpoint.worker.cancel(self.job, update.part)
 
     async def _stream(self, ask: Ask, answers: list[Answer], writer: Writer) -> None:
@@ -293,10 +293,10 @@ class _Call:
             unfinished -= {i for i in unfinished if answers[i].finish_reason is not None}
             if not unfinished:
                 break
-            changed = set()
-            for update in await self._updates():
+            updates = await self._updates()
+            for update in updates:
                 await self._take(update, ask, answers)
-                changed.add(update.part)
+            changed = {update.part for update in updates if update.part is not None}
         if ask.usage:
             await self._event(writer.chunk([], usage_of(ask.prompts, answers)))
         self.complete, self.outcome = True, "finished"

@@ -19,14 +19,16 @@ class Metrics:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.requests = Counter("minirec_requests", "HTTP requests by outcome", ["outcome"], **own)
-        self.first = Histogram("minirec_time_to_first_token_seconds", "Time to first token", buckets=SECONDS, **own)
+        registry = self.registry
+        self.requests = Counter("minirec_requests", "HTTP requests by outcome", ["outcome"], registry=registry)
+        self.first = Histogram(
+            "minirec_time_to_first_token_seconds", "Time to first token", buckets=SECONDS, registry=registry
+        )
         self.per_token = Histogram(
             "minirec_time_per_output_token_seconds", "Time per output token after the first, by request",
-            buckets=SECONDS_PER_TOKEN, **own,
+            buckets=SECONDS_PER_TOKEN, registry=registry,
         )  # fmt: skip
-        self.depth = Summary("minirec_token_depth_steps", "Recurrence steps of output tokens", **own)
+        self.depth = Summary("minirec_token_depth_steps", "Recurrence steps of output tokens", registry=registry)
         self.registry.register(self)  # for what the engine itself counts
 
     def ended(self, request: Request) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -94,7 +95,7 @@ class Protocol:
 
     def __init__(self, name: str, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, limits: Limits):
         self.name, self.tokenizer, self.template, self.limits = name, tokenizer, template, limits
-        self.config, self.stop_tokens = engine.model.config, engine.grid.stop_tokens
+        self.config, self.stop_tokens = engine.model.config, set(engine.grid.stop_tokens)
         self.max_length, self.num_steps, self.mode = engine.max_length, engine.r, engine.mode
         self.threshold = DEFAULT_THRESHOLD
         if self.mode == "wavefront":
@@ -161,7 +162,7 @@ class Protocol:
         return wanted
 
     def _sampling(self, given: dict) -> dict:
-        values = {name: given.get(name, default) for name, default in SAMPLING.items()}
+        values: dict[str, Any] = {name: given.get(name, default) for name, default in SAMPLING.items()}
         temperature = TokenChoice(values["temperature"]).temperature
         at_all = TokenChoice(temperature or 1.0, **{name: values[name] for name in SAMPLING if name != "temperature"})
         if at_all.top_p == 1:  # clients send it along with temperature 0
