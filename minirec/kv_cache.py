@@ -1,6 +1,6 @@
-"""Keys and values of everything decided so far, pre-allocated and written in place.
+"""Keys and values of all positions so far, allocated once and written in place.
 
-A looped block has one set of weights but meets every token r times, and each time its keys and values differ.
+A looped block processes every token r times with one set of weights, and each time its keys and values differ.
 How many of them to keep is a choice (arXiv 2502.05171, section 6.2; arXiv 2510.14961, section 3.2):
 
     "full"     own keys and values for every recurrence step: step j of a token reads step j of its past
@@ -11,11 +11,11 @@ How many of them to keep is a choice (arXiv 2502.05171, section 6.2; arXiv 2510.
                           |             |
                        by depth     by position       <- the position x depth grid, literally
 
-With shared slots the numbers depend on how a text is cut into windows: positions that run together read each other's
+With shared slots the results depend on how a text is cut into windows: positions that run together read each other's
 steps before they are overwritten.
 
-Prelude and coda are passed once and have one slot.  The last slot is stored first: in a wave every position is a little
-shallower than the one left of it, so its cells lie on a diagonal of this memory, and a diagonal can be read and
+Prelude and coda run once per token and have one slot.  Slots are stored deepest first: in a wave every position is
+shallower than its left neighbour, so the cells of a wave lie on a diagonal of this memory, which can be read and
 written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 """
 
@@ -272,7 +272,7 @@ class Window:
     (B, L) int64: the tokens of all positions, if the model reads those of the window.
     """
 
-    text: Tensor | None = None
+    text: Tensor
     start: int | None
     mask: Tensor | None
 

@@ -26,7 +26,7 @@ from spoiling import spoilt_bytes, spoilt_json
 import minirec
 from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing, lossless_wavefront
 from minirec.decoding import stop_tokens
-from minirec.files import checkpoint, writing
+from minirec.files import checkpoint, huginn, writing
 from minirec.tasks import task_tokenizer
 
 WTE, NORM = "transformer.wte.weight", "transformer.ln_f.weight"
@@ -887,9 +887,11 @@ def test_no_module_can_open_a_pickle():
             for name in names:
                 bad = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
                 assert name.split(".")[0] not in bad, f"{path.name}: {name}"
-                assert name not in ("torch.load", "torch.save", "torch.hub", "numpy.load", "np.load"), (
-                    f"{path.name}: {name}"
-                )
+                banned = {"torch.load", "torch.save", "torch.hub", "numpy.load", "np.load"}
+                if path.name == "convert.py":  # `minirec convert` reads a pickle when told to, and runs no code of it
+                    banned -= {"torch.load"}
+                    assert 'torch.load(file, map_location="cpu", weights_only=True)' in path.read_text(encoding="utf-8")
+                assert name not in banned, f"{path.name}: {name}"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
@@ -1052,9 +1054,7 @@ print(kilobytes("VmHWM") - before)
 def test_loading_needs_the_model_and_one_shard(tmp_path):
     """float32 shards loaded as bfloat16; whoever keeps the float32 weights needs three times the model."""
     shape = dict(n_embd=512, n_heads=8, intermediate_size=1408, vocab_size=4096, block_size=64)
-    with torch.device("meta"):
-        model = RecurrentDepthLM(RecurrentConfig(**shape))
-    model.to_empty(device="cpu")
+    model = RecurrentDepthLM(RecurrentConfig(**shape))
     model.save_pretrained(tmp_path, max_shard_size="12MB")
     weights = sum(p.numel() for p in model.parameters()) * 2 / 1024  # in KiB, as bfloat16
     shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / 1024
@@ -1139,7 +1139,7 @@ def test_a_made_checkpoint_has_the_published_layout(shape, golden_folder, tmp_pa
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["config.json", *names, checkpoint.INDEX]
     config = json.loads((tmp_path / "made" / "config.json").read_text())
-    assert config.pop("weights").startswith("random") and config == checkpoint.official_config(shape, torch.float32)
+    assert config.pop("weights").startswith("random") and config == huginn.official_config(shape, torch.float32)
     assert checkpoint.load(tmp_path / "made").config == shape
 
 

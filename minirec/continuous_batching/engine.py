@@ -73,8 +73,9 @@ class Engine:
         self.requests: dict[int, Request] = {}
         self.busy: list[Slot] = []
         self.free = list(range(slots))[::-1]
-        self.passes, self.cells = Counter(), Counter()  # by stage
-        self.slots_in = Counter()  # slots in all passes, by stage
+        self.passes: Counter[Stage] = Counter()
+        self.cells: Counter[Stage] = Counter()  # in all passes
+        self.slots_in: Counter[Stage] = Counter()  # in all passes
         self._passes = Passes(self.grid, self.scheduler, chunk, row_budget, guess_after)
         self._outbox = Outbox(clock)
         self._to_cancel: dict[int, Request] = {}
@@ -110,7 +111,7 @@ class Engine:
                 f"a prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens} need {need:,} bytes of keys and "
                 f"values; kv_budget is {self.kv_budget:,}"
             )
-        stop = self.grid.stop_tokens if o.stop_tokens is None else o.stop_tokens
+        stop = set(self.grid.stop_tokens if o.stop_tokens is None else o.stop_tokens)
         choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
         _try_out(choice)
         request = Request(next(self._ids), ids, max_new_tokens, r, threshold, seed, choice, stop, o.on_token,
@@ -144,8 +145,8 @@ class Engine:
 
     def _step(self) -> bool:
         self._hand_over()  # what an interrupt has left
-        for request in list(self._to_cancel.values()):
-            self._cancel(request)
+        for cancelled in list(self._to_cancel.values()):
+            self._cancel(cancelled)
         while (request := self._next()) is not None:
             self._seat(request)
         if not self.busy:
@@ -163,7 +164,7 @@ class Engine:
         self.passes[stage] += 1
         self.cells[stage] += cells
         self.slots_in[stage] += len(slots)
-        if done is not None:
+        if self.on_pass is not None and done is not None:
             self.on_pass(done)
         self._hand_over()
         return True

@@ -28,7 +28,7 @@ class Outbox:
             return
         request.record(number, token, depth, self.clock())
         slot.report()
-        if len(slot.unheard) == len(slot.drawn):
+        if request.on_token is not None and len(slot.unheard) == len(slot.drawn):
             try:  # off the list and then the call, on one line: an interrupt finds neither done, or the call begun
                 slot.stopped = request.on_token(slot.unheard.pop(0)) is False
             except Exception as raised:  # the caller's function: its request fails, and no other

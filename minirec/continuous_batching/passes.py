@@ -75,7 +75,7 @@ class Passes:
             not self.waves and slot.request.state is State.DECODE and slot.request.threshold is not None
             for slot in slots
         ]
-        moved = latent_diff(before, s)[:, 0].tolist() if any(exits) else None
+        moved = latent_diff(before, s)[:, 0].tolist() if any(exits) else []
         changes, first = [], 0
         for slot, may in zip(slots, exits, strict=True):
             n, settled = len(slot.tokens), may and moved[first] < slot.request.threshold
@@ -88,7 +88,7 @@ class Passes:
     def coda(self, slots: list[Slot], busy: int) -> list[dict]:
         at, s = self._cells(slots), together([slot.state for slot in slots])  # (N, 1, d)
         guesses, failed = self._choose(self.grid.decode(s, at), at, slots)  # (N, 1)
-        moved = None
+        moved: list[float] = []
         if any(slot.front for slot in slots):
             moved = latent_diff(together([slot.before for slot in slots]), s)[:, 0].tolist()
         guessed, first, changes = guesses[:, 0].tolist(), 0, []  # the one synchronisation of the pass
@@ -98,7 +98,8 @@ class Passes:
             if failed and slot.request.choice in failed:
                 changes.append({"error": failed[slot.request.choice]})
                 continue
-            calm = [x < slot.request.threshold for x in moved[own]] if slot.front else []
+            limit = slot.request.threshold
+            calm = [x < limit for x in moved[own]] if slot.front and limit is not None else []
             move = self._move(slot, guessed[own], calm, busy)
             if slot.request.state is State.DECODE:
                 depths = [min(depth, slot.request.num_steps) for _, depth in move.final]
@@ -125,7 +126,7 @@ class Passes:
     def _move(self, slot: Slot, guessed: list[int], calm: list[bool], busy: int) -> Move:
         """Where a slot goes after a coda in which its cells predicted `guessed`."""
         if slot.request.state is State.PREFILL:
-            return read_on(slot, guessed, self.chunk, self.waves)
+            return read_on(slot, guessed, self.chunk, self.waves, not self.grid.model.injects)
         if not self.waves:
             return next_token(slot, guessed)
         if slot.front is None:

@@ -72,9 +72,10 @@ class Slot:
     left: int = 0  # steps until the coda
     stage: Stage = Stage.PRELUDE
     sat_out: int = 0  # consecutive passes without this slot
-    state: Part | None = None  # of the cells that have begun
-    embedding: Part | None = None  # of the cells that have passed the prelude
-    before: Part | None = None  # their states at the start of this round of steps
+    # None only until the first window is opened
+    state: Part = None  # type: ignore[assignment]  # of the cells that have begun
+    embedding: Part = None  # type: ignore[assignment]  # of the cells that have passed the prelude
+    before: Part = None  # type: ignore[assignment]  # their states at the start of this round of steps
     drawn: list[tuple[int, int, int]] = field(default_factory=list)  # (number, token, depth), final, not handed over
     unheard: list[int] = field(default_factory=list)  # those of them that on_token has yet to be called with
     stopped: bool = False  # on_token has returned False
@@ -135,14 +136,14 @@ def _joined(left: Part, right: Part) -> Part:
     return Part(together([left, right]), 0, left.cells + right.cells)
 
 
-def read_on(slot: Slot, guessed: list[int], chunk: int, waves: bool) -> Move:
-    """Prefill: the next chunk of the prompt, or the first new token."""
+def read_on(slot: Slot, guessed: list[int], chunk: int, waves: bool, restarts: bool) -> Move:
+    """Prefill: the next chunk of the prompt, or the first new token; restarts: as of `Front`."""
     request, end = slot.request, slot.start + len(slot.tokens)
     if end < len(request.prompt):
         tokens = request.prompt[end : end + chunk]
         return Move([], end, tokens, [0] * len(tokens))
     token = guessed[-1]
-    front = Front([token]) if waves and request.threshold is not None else None
+    front = Front([token], restarts=restarts) if waves and request.threshold is not None else None
     return Move([(token, request.num_steps)], end, [token], [0], front=front)
 
 
@@ -163,6 +164,7 @@ def advance_wave(slot: Slot, guessed: list[int], guess_after: int, widest: int) 
 
 def advance_front(slot: Slot, guessed: list[int], calm: list[bool], guess_after: int, widest: int, filler: int) -> Move:
     """An outer step of diffusion forcing is over; calm: the cells that moved by less than the threshold."""
+    assert slot.front is not None
     front, r = copy(slot.front), slot.request.num_steps
     n = front.settle(guessed, calm, min(guess_after, r), r)
     final = list(zip(guessed[:n], front.depths, strict=False))

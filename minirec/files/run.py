@@ -137,7 +137,7 @@ def _identity(parameters: dict[str, nn.Parameter]) -> str:
     digest = hashlib.sha256()
     for name, p in parameters.items():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype};".encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return f"weights {digest.hexdigest()[:16]}"
 
 

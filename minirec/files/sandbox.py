@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minirec.files.machine import one_line
 
@@ -40,8 +42,8 @@ class Sandbox:
     def __init__(self, seconds: float, memory: int):
         self.seconds, self.memory = seconds, memory
         self._lock = threading.Lock()
-        self._end = lambda: None  # ends the process, if there is one
-        self._process: subprocess.Popen | None = None
+        self._end: Callable[[], object] = lambda: None  # ends the process, if there is one
+        self._process: Any = None  # a Popen, once there is one
 
     def ask(self, what: str, argument):
         """The answer to a question; Refused, on one line, if it fails or takes too much."""
@@ -81,7 +83,9 @@ class Sandbox:
             str(child),
             json.dumps(path),
         ]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
+        pipes: dict[str, Any] = dict(
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+        )
         quiet = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         # a session of its own: Ctrl-C in the terminal is for its parent
         self._process = subprocess.Popen(command, **pipes, env=quiet, start_new_session=True)
@@ -92,7 +96,7 @@ class Sandbox:
         self._process = None
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: Any) -> None:
     for pipe in (process.stdin, process.stdout):
         try:
             pipe.close()

@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Callable
 
 LARGEST_TEXT = 10_000_000  # characters that a template may write; a long context has a tenth
 
@@ -36,7 +37,7 @@ def environment():
     class Generation(Extension):
         """{% generation %} ... {% endgeneration %} marks what the model says; the text is the same without it."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -131,7 +132,7 @@ def try_tokenizer(path: str) -> None:
 def main() -> None:
     """Answer questions until there are none: [what, argument] -> {"answer": ...} or {"error": ...}."""
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
-    asked = {"check": check_template, "render": render, "tokenizer": try_tokenizer}
+    asked: dict[str, Callable] = {"check": check_template, "render": render, "tokenizer": try_tokenizer}
     for line in sys.stdin:
         what, argument = json.loads(line)
         limit(seconds, memory)
