@@ -467,6 +467,27 @@ def test_an_engine_that_fails_is_an_error_of_the_server_and_the_next_request_wor
         assert client.get("/health").status_code == 200 and client.worker.in_flight == 0
 
 
+def test_an_engine_that_fails_again_and_again_stops(model, monkeypatch):
+    with served(model) as client:
+        engine = client.worker.engine
+
+        def step():
+            raise RuntimeError("the device is gone")
+
+        monkeypatch.setattr(engine, "step", step)
+        check_refused(ask(client, prompt="ab"), 500)
+        assert client.get("/health").status_code == 503
+        check_refused(ask(client, prompt="ab"), 503)
+        assert client.worker.in_flight == 0
+
+
+def test_without_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "minirec.tools.serve.process", raising=False)
+    assert cli.main(["serve"]) == 2
+    assert "needs the package uvicorn: pip install 'minirec[serve]'" in capsys.readouterr().err
+
+
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 

@@ -85,21 +85,21 @@ def run(args: argparse.Namespace) -> None:
     most = {name.removeprefix("max_"): n for name, n in given(args, *PER_REQUEST).items()}
     seconds = number("--max-seconds", args.max_seconds, above=0)
     limits = process.Limits(body=args.max_body, seconds=seconds, **most)
-    sock = process.bound(args.host, args.port)
-    folder = checkpoint.locate(args.model, **given(args, "revision"))
-    tokenizer = read_tokenizer(folder)
-    try:
-        template = ChatTemplate(folder, tokenizer)
-    except ValueError as error:
-        template = None
-        complain(f"minirec: no chat completions: {error}")
-    model = checkpoint.load(args.model, device=args.device, **given(args, "dtype", "revision"))
-    guess_after = model.generation_config.get("lossless_wavefront", {}).get("guess_after", 1)
-    options = {"max_length": min(512, model.config.block_size), "guess_after": guess_after}
-    options |= given(args, "max_length", "num_steps", "guess_after")
-    engine = Engine(model, args.slots, mode=args.mode, **options)
-    name = getattr(args, "name", Path(args.model).name if Path(args.model).exists() else args.model)
-    process.serve(sock, engine, tokenizer, template, name, limits, args.queue, key)
+    with process.bound(args.host, args.port) as sock:
+        folder = checkpoint.locate(args.model, **given(args, "revision"))
+        tokenizer = read_tokenizer(folder)
+        try:
+            template = ChatTemplate(folder, tokenizer)
+        except ValueError as error:
+            template = None
+            complain(f"minirec: no chat completions: {error}")
+        model = checkpoint.load(args.model, device=args.device, **given(args, "dtype", "revision"))
+        guess_after = model.generation_config.get("lossless_wavefront", {}).get("guess_after", 1)
+        options = {"max_length": min(512, model.config.block_size), "guess_after": guess_after}
+        options |= given(args, "max_length", "num_steps", "guess_after")
+        engine = Engine(model, args.slots, mode=args.mode, **options)
+        name = getattr(args, "name", Path(args.model).name if Path(args.model).exists() else args.model)
+        process.serve(sock, engine, tokenizer, template, name, limits, args.queue, key)
 
 
 def is_loopback(host: str) -> bool:
