@@ -134,7 +134,8 @@ async def soak(server: subprocess.Popen, address: str, clients: int, seconds: fl
         "left": load.left, "busy": load.busy, "cut": load.cut, "never_accepted": load.lost, "wrong": load.wrong[:3],
         "errors": dict(load.errors), "exit_code": code, "memory_start": round(memory[0][1], 1),
         "memory_end": round(memory[-1][1], 1), "memory_slope": round(slope, 2),
-        "first_token_median": round(firsts[len(firsts) // 2], 2), "first_token_p99": round(firsts[len(firsts) * 99 // 100], 2),
+        "first_token_median": round(firsts[len(firsts) // 2], 2),
+        "first_token_p99": round(firsts[len(firsts) * 99 // 100], 2),
     }  # fmt: skip
 
 
