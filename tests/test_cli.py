@@ -661,6 +661,11 @@ def test_info_default_is_the_shipped_model(minirec_):
         ),
         ("make-checkpoint", "preset shards dtype seed"),
         ("info", "preset revision device memory words"),
+        (
+            "serve",
+            "host port api-key name mode slots queue max-length num-steps guess-after max-prompt-tokens max-tokens "
+            "max-body max-seconds revision dtype device threads",
+        ),
     ],
 )
 def test_help_explains_every_option_and_gives_an_example(capsys, command, options):
@@ -697,7 +702,7 @@ def commands():
 
 
 def test_examples_of_the_help_are_commands():
-    assert set(commands()) >= {"demo", "generate", "chat", "train", "make-checkpoint", "info"}
+    assert set(commands()) >= {"demo", "generate", "chat", "train", "make-checkpoint", "info", "serve"}
     for name, command in commands().items():
         example = shlex.split(command.epilog.split("\n")[1])
         assert example[:2] == ["minirec", name]
