@@ -165,6 +165,8 @@ def generate(
         threshold = number("threshold", threshold, least=None if criterion == GATE else 0)
     exit_in_prefill = flag("exit_in_prefill", exit_in_prefill)
     continuous_compute = flag("continuous_compute", continuous_compute)
+    if continuous_compute and not model.injects:
+        raise ValueError("continuous_compute is True; this model's state starts as its token's embedding")
     grid = Grid(model, prompt, max_new_tokens, r, **options)
     rows, checks = range(len(grid.lengths)), range(min_steps, r, check_every)
 

@@ -1,8 +1,9 @@
-"""Every family computes what its published code does, and every sampler and engine mode treats it as it treats Huginn."""
+"""Every family computes what its published code does, and every sampler and engine mode treats it as Huginn."""
 
 import dataclasses
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -12,8 +13,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_continuous_batching import ENGINES, REQUESTS, check_serves
 
-from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, diffusion_forcing, lens
-from minirec import lossless_wavefront, speculative
+from minirec import (
+    RecurrentDepthLM,
+    adaptive_exit,
+    autoregressive,
+    decoding,
+    diffusion_forcing,
+    lens,
+    lossless_wavefront,
+    speculative,
+)
+from minirec.continuous_batching import Engine
 from minirec.decoding import Grid
 from minirec.families import model_of
 from minirec.families.ouro import exit_distribution, exit_loops
@@ -198,7 +208,7 @@ def test_states_that_start_as_the_embedding(family, mode):
         close(out.state, state, 3e-4)
         if n != 2:
             close(out.logits, right[f"{mode}.n{n}.logits"], 3e-4)
-    with pytest.raises(ValueError, match="init_scale is 0.5; this model's state starts as its token's embedding"):
+    with pytest.raises(ValueError, match=r"init_scale is 0.5; this model's state starts as its token's embedding"):
         autoregressive.generate(model, [3, 4], 2, init_scale=0.5)
 
 
@@ -359,3 +369,198 @@ def test_an_engine_gives_a_request_what_it_gets_alone(small_family, name, mode, 
 @settings(max_examples=40)
 def test_an_engine_gives_a_request_what_it_gets_alone_often(small_family, name, mode, seed, requests, options):
     check_serves(small_family(name, seed), mode, requests, **(options | {"kv_budget": None}))
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "n_heads": st.sampled_from([2, 4]),
+        "intermediate_size": st.sampled_from([8, 24, 40]),
+        "vocab_size": st.sampled_from([23, 31]),
+        "mean_recurrence": st.integers(1, 4),
+        "n_layers_in_recurrent_block": st.sampled_from([2, 4]),
+    }
+)
+PARTS = st.fixed_dictionaries({f"n_layers_in_{part}": st.sampled_from([2, 4]) for part in ("prelude", "coda")})
+HEADS = st.fixed_dictionaries({"n_kv_heads": st.sampled_from([1, 2]), "head_dim": st.sampled_from([2, 4, 10])})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+@given(SHAPES, PARTS, HEADS, PROMPTS, st.integers(1, 5), st.integers(1, 3), CHOICES)
+@settings(max_examples=40)
+def test_200_random_shapes(small_family, name, shape, parts, heads, prompts, steps, inner, choice):
+    sizes = shape | (parts if name in STATED else {}) | ({} if name == "parcae" else heads)
+    if name == "raven_llama":
+        sizes["head_dim"] = 16 // sizes["n_heads"]
+    check_lossless(small_family(name, 1, **sizes), prompts, steps, inner, choice, fast=False)
+
+
+def test_ouros_gate_is_an_exit_criterion(family):
+    """Tokens exit where the gate says; what exits early is read by later tokens, so only the first one is compared."""
+    model, prompt = family("ouro"), family("ouro", "b_greedy")[0]["prompt"]
+    for threshold, depths in ((0.0, {1}), (-3, {1}), (1.01, {4}), (0.6, {1, 2, 3, 4})):
+        made = adaptive_exit.generate(model, prompt[0], 16, criterion="gate", threshold=threshold, stop_tokens=())
+        assert set(made.depth[1:]) <= depths and made.depth[0] == 4, "the prompt runs all its loops"
+        assert (len(set(made.depth[1:])) > 1) == (threshold == 0.6)
+        gates, _ = gates_of(model, torch.cat([prompt, torch.tensor([made.tokens[:1]])], dim=1))
+        assert made.depth[1] == exit_loops(gates[:, 0, -1], threshold)
+        read = adaptive_exit.generate(
+            model, prompt[0], 1, criterion="gate", threshold=threshold, exit_in_prefill=True, stop_tokens=()
+        )
+        assert read.depth[0] == exit_loops(gates_of(model, prompt)[0][:, 0, -1], threshold)
+    default = adaptive_exit.generate(model, prompt[0], 16, criterion="gate", stop_tokens=())
+    assert default.tokens == autoregressive.generate(model, prompt[0], 16, stop_tokens=()).tokens
+    for other in ("nanbeige", "parcae"):
+        with pytest.raises(
+            ValueError, match="criterion is 'gate', and this model has no gate; it must be one of 'latent"
+        ):
+            adaptive_exit.generate(family(other), [3], 2, criterion="gate")
+
+
+@pytest.mark.parametrize("name", LOOPED)
+@given(st.integers(0, 3), PROMPTS, st.integers(2, 4), st.integers(1, 2))
+@settings(max_examples=8)
+def test_without_injection_diffusion_forcing_starts_changed_positions_again(
+    small_family, name, seed, prompts, r, inner
+):
+    """On the fixed schedule a frozen position has run all its steps on its last token, so nothing is approximate."""
+    model = small_family(name, seed)
+    made = diffusion_forcing.generate(
+        model, prompts, 8, num_steps=r, inner_steps=inner, schedule="fixed", stop_tokens=(), trace=True
+    )
+    if r % inner == 0:
+        plain = autoregressive.generate(model, prompts, 8, num_steps=r, stop_tokens=())
+        assert [g.tokens for g in made] == [g.tokens for g in plain]
+    for generation in made:
+        for step in generation.trace:
+            assert step.depths == sorted(step.depths, reverse=True), "nobody reads steps that another never ran"
+
+
+@pytest.mark.parametrize("name", LOOPED)
+def test_what_has_no_meaning_without_injection_is_refused(small_family, name):
+    model = small_family(name)
+    for sampler, wrong in (
+        (diffusion_forcing, {"noise": 0.1}),
+        (diffusion_forcing, {"continuous_compute": True}),
+        (adaptive_exit, {"continuous_compute": True}),
+        (autoregressive, {"init_scale": 0.5}),
+    ):
+        (key,) = wrong
+        with pytest.raises(ValueError, match=f"{key} is {wrong[key]}; this model's state"):
+            sampler.generate(model, [3, 1], 4, **wrong)
+
+
+@pytest.mark.parametrize("name", LOOPED)
+def test_what_was_never_trained_gives_one_warning(small_family, name):
+    model, samplers = small_family(name), (adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront)
+
+    def warned(run, *arguments, **options) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(*arguments, **options)
+        return [str(w.message) for w in caught]
+
+    more = ["num_steps is 6; this model was trained with 4 loops"]
+    for sampler in samplers:
+        assert warned(sampler.generate, model, [3, 1], 4, num_steps=4) == []
+        assert warned(sampler.generate, model, [3, 1], 4, num_steps=6) == more
+    assert warned(model, torch.tensor([[3]]), num_steps=6) == more
+    assert warned(Engine, model, max_length=20, num_steps=6) == more
+    (message,) = warned(autoregressive.generate, model, [3, 1], 4, kv="shared")
+    assert "kv is 'shared'" in message and "arXiv 2608.09444" in message
+
+
+def test_parcae_looks_tokens_up_wherever_it_runs(small_family):
+    model, tokens = small_family("parcae", 2), torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    out = model(tokens, num_steps=3)
+    states = lens.trajectory(model, tokens, num_steps=3)
+    close(states[3], out.state, 1e-12)
+    close(lens.coda_lens(model, states, tokens)[3], out.logits, 1e-9)
+    with pytest.raises(ValueError, match="looks tokens up"):
+        lens.coda_lens(model, states)
+
+
+# --- shapes, memory and packed weights ---
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("parcae_140m", 144_323_136),
+        ("parcae_370m", 388_003_328),
+        ("parcae_770m", 776_655_680),
+        ("parcae_1_3b", 1_338_591_744),
+        ("raven_tinyllama_1_1b", 844_171_264),
+        ("raven_llama_3_2_1b", 1_385_228_288),
+        ("raven_olmo_2_1b", 1_359_071_232),
+        ("ouro_1_4b", 1_434_652_673),
+        ("ouro_2_6b", 2_667_974_657),
+        ("nanbeige_4_2_3b", 4_169_800_704),
+    ],
+)
+def test_parameters_of_published_sizes(name, parameters):
+    with torch.device("meta"):
+        model = model_of(preset(name))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_presets_are_copies(small_family):
+    assert len(FAMILIES) == 10 and set(FAMILIES) < set(PRESETS)
+    preset("ouro_1_4b").mean_recurrence = 9
+    assert preset("ouro_1_4b").mean_recurrence == 4
+    with pytest.raises(ValueError, match="preset is 'ouro'"):
+        preset("ouro")
+
+
+def test_grouped_queries_need_less_memory():
+    """TinyLlama's shape: 4 heads of keys for 32 of queries; 4 + 8 r + 4 layer calls; k and v; two bytes."""
+    assert bytes_per_token(preset("raven_tinyllama_1_1b"), 4) == 2 * (4 + 8 * 4 + 4) * 4 * 64 * 2
+    assert bytes_per_token(preset("ouro_1_4b"), 4) == 768 * 1024  # as arXiv 2608.09444 has it
+    assert bytes_per_token(preset("ouro_1_4b"), 4, "shared") == 192 * 1024
+
+
+@pytest.fixture(scope="module")
+def wide(small_family):
+    """`wide("parcae")`: a model whose matrices are large enough to be packed."""
+    sizes = dict(n_embd=256, n_heads=4, intermediate_size=256, vocab_size=300)
+    return lambda name: small_family(name, 5, torch.float32, **sizes)
+
+
+@pytest.mark.parametrize("name", ["huginn", "parcae"])
+def test_packed_matrices_give_the_same_logits(wide, name, monkeypatch):
+    model, seen = wide(name), []
+    choose = Grid.choose
+    monkeypatch.setattr(Grid, "choose", lambda self, x, at: seen.append(x.clone()) or choose(self, x, at))
+    runs = [autoregressive.generate(model, [3, 1, 4], 6, packed=packed) for packed in (True, False)]
+    assert runs[0].tokens == runs[1].tokens
+    for ours, plain in zip(seen[:6], seen[6:], strict=True):
+        assert (ours - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+def test_packed_matrices_follow_the_weights(wide):
+    """Made once; and again for weights that have changed, in whatever way."""
+    model = wide("huginn")
+    weight = model.transformer.core_block[0].mlp.fc.weight
+    if decoding.packed(weight) is None:
+        pytest.skip("this build of PyTorch has no packed matrices")
+    assert decoding.packed(weight) is decoding.packed(weight)
+    before, kept = autoregressive.generate(model, [3, 1, 4], 6).tokens, weight.clone()
+    for change in (lambda: weight.mul_(-1), lambda: setattr(weight, "data", -weight), lambda: weight.data.mul_(-1)):
+        first = decoding.packed(weight)
+        change()
+        assert decoding.packed(weight) is not first
+        right = autoregressive.generate(model, [3, 1, 4], 6, packed=False).tokens
+        assert autoregressive.generate(model, [3, 1, 4], 6).tokens == right
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert autoregressive.generate(model, [3, 1, 4], 6).tokens == before
+
+
+def test_without_packed_matrices_decoding_is_plain(wide, monkeypatch):
+    model = wide("huginn")
+    weight = model.transformer.core_block[0].mlp.fc.weight
+    assert decoding.packed(weight.double()) is None and decoding.packed(weight[:100]) is None
+    right = autoregressive.generate(model, [3, 1, 4], 6, packed=False).tokens
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert decoding.packed(weight) is None
+    assert autoregressive.generate(model, [3, 1, 4], 6).tokens == right

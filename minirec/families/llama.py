@@ -78,6 +78,12 @@ def rotate_halves(x: Tensor, rope: Tensor) -> Tensor:
     return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
+def normed(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last axis, without weights: faster here than `F.rms_norm`, which computes a slow mean."""
+    size = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)
+    return (x * torch.rsqrt(size.square() / x.shape[-1] + eps)).to(x.dtype)
+
+
 def grouped(q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, int], rope: Tensor, attend: Attend) -> Tensor:
     """Attention with fewer heads of keys and values: q (B, T, H c), k and v (B, T, K c) -> (B, T, H c)."""
     B, T, _ = q.shape

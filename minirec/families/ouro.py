@@ -85,22 +85,22 @@ class Looped(RecurrentDepthLM):
             raise ValueError(f"init_scale is {shown(scale)}; this model's state starts as its token's embedding")
         return torch.zeros(*positions.shape, self.config.n_embd, device=positions.device, dtype=self.dtype)
 
-    def check_decoding(self, num_steps: int, kv: str = "full") -> None:
+    def check_decoding(self, num_steps: int, kv: str = "full", level: int = 5) -> None:
         """Warn of what such models do badly: more loops than were trained, and loops that share keys and values."""
         trained = self.config.mean_recurrence
         if num_steps > trained:
-            warnings.warn(f"num_steps is {num_steps}; this model was trained with {trained} loops", stacklevel=4)
+            warnings.warn(f"num_steps is {num_steps}; this model was trained with {trained} loops", stacklevel=level)
         if kv == "shared":
             warnings.warn(
                 "kv is 'shared', which this model was not trained for: on GSM8K, Ouro-1.4B falls from 77.9 to 0.2 "
                 "(arXiv 2608.09444)",
-                stacklevel=4,
+                stacklevel=level,
             )
 
     def checked_steps(self, tokens: Tensor, num_steps: int | None, state: Tensor | None = None) -> int:
         """As of `RecurrentDepthLM`; a warning for more loops than were trained."""
         num_steps = super().checked_steps(tokens, num_steps, state)
-        self.check_decoding(num_steps)
+        self.check_decoding(num_steps, level=6)  # whoever called the model
         return num_steps
 
     def prelude(self, tokens: Tensor, at=None) -> Tensor:

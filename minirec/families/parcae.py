@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirec.config import RecurrentConfig
-from minirec.families.llama import PreNormBlock
+from minirec.families.llama import PreNormBlock, normed
 from minirec.recurrent_block import Attend, RecurrentDepthLM, RMSNorm, Whole, causal, rotate, wide
 
 GATE = 32  # channels of a block's input that the gate of the value table reads
@@ -58,7 +58,7 @@ class ParcaeAttention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal, own: Tensor | None = None) -> Tensor:
         """x (B, T, d), and own (B, T, d), the value table's rows of the tokens -> (B, T, d)."""
         qk = torch.stack([self.c_q(x), self.c_k(x)], dim=2).unflatten(-1, (self.n_heads, -1))  # (B, T, 2, H, c)
-        qk = F.rms_norm(rotate(qk, rope), qk.shape[-1:], eps=torch.finfo(qk.dtype).eps)
+        qk = normed(rotate(qk, rope), torch.finfo(qk.dtype).eps)
         v = self.c_v(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, c)
         if own is not None:
             v = v + 2 * self.ve_gate(x[..., :GATE]).sigmoid()[..., None] * own.view(v.shape)
