@@ -641,7 +641,7 @@ def test_info_default_is_the_shipped_model(minirec_):
 @pytest.mark.parametrize(
     "command, options",
     [
-        ("demo", "problems seed threads model out inner-steps exit-threshold guess-after num-steps"),
+        ("demo", "problems seed threads model out html inner-steps exit-threshold guess-after num-steps"),
         (
             "generate",
             "model sampler criterion threshold draft-steps lookahead guess-after "
@@ -763,6 +763,9 @@ def assert_one_error(result, *words):
         ("demo --out EMPTY/nowhere/w.png", "cannot write"),
         ("demo --out EMPTY", ".png"),
         ("demo --out w.pdf", ".png"),
+        ("demo --html FILE/w.html", "cannot write"),
+        ("demo --html EMPTY", ".html"),
+        ("demo --html w.png", ".html"),
         ("train", "--out"),
         ("train --out FILE", "cannot write"),
         ("train --out FILE/run", "FILE/run"),
