@@ -151,9 +151,12 @@ def test_demo_speed_up_compares_tokens_per_second(capsys):
 
 
 def test_demo_passes_its_options_on(minirec_, tmp_path, calls):
-    out = tmp_path / "w.png"
+    out, page = tmp_path / "w.png", tmp_path / "w.html"
     args = "--problems 1 --num-steps 6 --inner-steps 2 --exit-threshold 0.1 --guess-after 3".split()
-    assert minirec_("demo", *args, "--out", out)[0] == 0
+    code, said, _ = minirec_("demo", *args, "--out", out, "--html", page)
+    assert code == 0 and str(page) in said
+    played = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
+    assert [lane["name"] for lane in played["lanes"]] == list(demo.WATCHED) and len(played["palette"]) == 6
     assert {name for name, *_ in calls} == {"autoregressive", "lossless", "diffusion", "adaptive"}
     own = {"diffusion": {"inner_steps": 2, "exit_threshold": 0.1}, "lossless": {"guess_after": 3}}
     for name, _, _, options in calls:

@@ -39,7 +39,7 @@ def add_parser(commands) -> None:
             Option("--problems", whole_number(1, 10_000), 20, "how many problems"),
             Option("--seed", SEED, 0, "which problems"),
             Option("--out", Path, Path("wavefront.png"), "where the picture of a wavefront goes"),
-            Option("--html", Path, None, "where a page goes that plays the samplers on problem 1, step by step"),
+            Option("--html", Path, None, "where a page goes that plays the samplers on problem 1 (default: none)"),
             Option("--threads", whole_number(1, 1024), 1, "CPU threads; the shipped model is too small to share"),
             *DEPTH,
         ],
