@@ -41,7 +41,7 @@ def frames(generation: Generation, prompt_length: int) -> list[dict]:
     `b`, the depths before the frame, if not all cells ran n passes; `draft`, whether it drafts or verifies.
     """
     deepest_cell(generation)  # which refuses what has no trace
-    trace = generation.trace or []
+    trace, end = generation.trace or [], len(generation.tokens)  # guesses behind the last token count for nothing
     first, last = trace[0], trace[-1]
     start = 1000 * max(0.0, first.seconds - (last.seconds - first.seconds) / max(1, len(trace) - 1))
     # the prompt ran at full depth, and gave the first new token
@@ -58,11 +58,12 @@ def frames(generation: Generation, prompt_length: int) -> list[dict]:
         kept = dict(enumerate(following.depths, following.start - prompt_length + 1)) if following else {}
         if step.drafts:
             kept, frame["draft"] = {}, False  # the next round starts anew
-        lost = [y for y, d in enumerate(step.depths, x) if y >= final and kept.get(y, 0) <= d]
+        lost = [y for y, d in enumerate(step.depths, x) if final <= y < end and kept.get(y, 0) <= d]
         found.append(frame | ({"lost": lost[0]} if lost and following else {}))
     said: dict[int, int] = {}
     for frame in found:
-        changed = [i for i, guess in enumerate(frame["g"]) if said.get(frame["x"] + i, guess) != guess]
+        cells = enumerate(frame["g"][: end - frame["x"]], frame["x"])
+        changed = [x - frame["x"] for x, guess in cells if said.get(x, guess) != guess]
         frame |= {"c": changed} if changed else {}
         said |= dict(enumerate(frame["g"], frame["x"]))
     return found
@@ -96,7 +97,6 @@ def html(lanes: Mapping, prompt: Sequence[int] | None = None, tokenizer=None, ti
         "open": _poster(runs, len(ids)),
         "palette": [to_hex(cmap(norm(depth))) for depth in range(1, deep + 1)],
         "has": {
-            "wrong": any(_wrong(frame, lane["tokens"]) for lane in rows for frame in lane.get("frames", ())),
             "changed": any("c" in frame for frame in traced),
             "lost": any("lost" in frame for frame in traced),
             "draft": any("draft" in frame for frame in traced),
@@ -104,6 +104,9 @@ def html(lanes: Mapping, prompt: Sequence[int] | None = None, tokenizer=None, ti
         "words": {token: visible(_text(tokenizer, [token]).strip() or "·", LONGEST) for token in sorted(tokens)},
         "lanes": rows,
     }
+    for lane in rows:
+        if "frames" in lane:
+            lane["frames"] = [_packed(frame) for frame in lane["frames"]]
     # no "<" can end the script element, whatever is in a token
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_name("player.html").read_text(encoding="utf-8")
@@ -114,8 +117,9 @@ def _text(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=len(ids) > 1) if tokenizer else " ".join(map(str, ids))
 
 
-def _wrong(frame: dict, tokens: list[int]) -> bool:
-    return any(guess != token for guess, token in zip(frame["g"], tokens[frame["x"] :], strict=False))
+def _packed(frame: dict) -> list:
+    """The fields that all frames have, without their names, and then the others: a page is a fifth smaller."""
+    return [frame.pop(key) for key in ("p", "ms", "n", "x", "d", "g", "f")] + [frame] * bool(frame)
 
 
 def _lane(name: str, lane, prompt_length: int) -> dict:
