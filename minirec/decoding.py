@@ -328,8 +328,8 @@ class Grid:
         """Note a finished outer step of a row, if a trace was asked for; drafted: its `drafts` and `draft_steps`."""
         trace = self.generations[row].trace
         if trace is not None:
-            spent = {"passes": self.passes, "seconds": time.perf_counter() - self.started}
-            trace.append(OuterStep(start, depths, guesses, frozen=self.next_position(row) + 1, **drafted, **spent))
+            frozen, seconds = self.next_position(row) + 1, time.perf_counter() - self.started
+            trace.append(OuterStep(start, depths, guesses, frozen, **drafted, passes=self.passes, seconds=seconds))
 
     def next_position(self, row: int) -> int:
         """The position of the last final token of a row: the one whose state predicts the next."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,7 +199,7 @@ def test_the_page_is_small_and_loads_nothing(runs, problem):
 
 def test_the_cell_of_a_notebook_holds_the_page_and_a_still_picture(runs, problem, passes):
     some = {name: runs[name] for name in ("lossless wavefront", "diffusion forcing")}
-    for lanes, prompt in ((some, problem.prompt), ({"by depth": passes}, None)):
+    for lanes, prompt in ((some, torch.tensor(problem.prompt)), ({"by depth": passes}, None)):
         bundle = player.show(lanes, prompt, TOKENIZER)._repr_mimebundle_()
         assert b64decode(bundle["image/png"]).startswith(b"\x89PNG")
         assert bundle["image/png"] in bundle["text/html"].partition("<iframe")[0]  # for viewers that strip the frame
@@ -219,10 +220,12 @@ def test_bad_lanes_are_refused(runs, problem, passes):
         ({}, problem.prompt, "lanes holds 0 runs"),
         ({str(i): run for i in range(5)}, problem.prompt, "lanes holds 5 runs"),
         ({"a": run}, None, "prompt is None"),
+        ({"a": run}, problem.prompt[:-1], f"continues one of {len(problem.prompt)}"),
         ({"a": untraced}, problem.prompt, "trace=True"),
         ({"a": []}, None, "the run 'a' is"),
         ({"a": [1]}, None, "the run 'a' is"),
         ({"a": None}, None, "the run 'a' is"),
+        ({"a": 5}, None, "the run 'a' is"),
     ]:
         with pytest.raises(ValueError, match=message):
             player.html(lanes, prompt)

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from minirec import adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront, tasks
 from minirec.config import shown
+from minirec.continuous_batching import Pass
 from minirec.decoding import Generation
 from minirec.figures.batching import gantt
 from minirec.figures.grid import deepest_cell, draw_race
@@ -43,6 +44,8 @@ def frames(generation: Generation, prompt_length: int) -> list[dict]:
     deepest_cell(generation)  # which refuses what has no trace
     trace, end = generation.trace or [], len(generation.tokens)  # guesses behind the last token count for nothing
     first, last = trace[0], trace[-1]
+    if first.start != prompt_length:
+        raise ValueError(f"prompt has {prompt_length} tokens; the generation continues one of {first.start}")
     start = 1000 * max(0.0, first.seconds - (last.seconds - first.seconds) / max(1, len(trace) - 1))
     # the prompt ran at full depth, and gave the first new token
     found = [_frame(generation.depth[0], start, generation.depth[0], 0, generation.depth[:1], generation.tokens[:1], 1)]
@@ -93,7 +96,7 @@ def html(lanes: Mapping, prompt: Sequence[int] | None = None, tokenizer=None, ti
     tokens = {token for frame in traced for token in frame["g"]} | {t for run in runs.values() for t in run.tokens}
     data = {
         "title": visible(title),
-        "prompt": visible(_text(tokenizer, ids)) if runs else "",
+        "prompt": visible(_text(tokenizer, ids, skip_special_tokens=True)) if runs else "",
         "open": _poster(runs, len(ids)),
         "palette": [to_hex(cmap(norm(depth))) for depth in range(1, deep + 1)],
         "has": {
@@ -101,7 +104,10 @@ def html(lanes: Mapping, prompt: Sequence[int] | None = None, tokenizer=None, ti
             "lost": any("lost" in frame for frame in traced),
             "draft": any("draft" in frame for frame in traced),
         },
-        "words": {token: visible(_text(tokenizer, [token]).strip() or "·", LONGEST) for token in sorted(tokens)},
+        "words": {
+            token: visible(_text(tokenizer, [token], skip_special_tokens=False).strip() or "·", LONGEST)
+            for token in sorted(tokens)
+        },
         "lanes": rows,
     }
     for lane in rows:
@@ -113,8 +119,8 @@ def html(lanes: Mapping, prompt: Sequence[int] | None = None, tokenizer=None, ti
     return page.replace("__DATA__", text, 1)
 
 
-def _text(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=len(ids) > 1) if tokenizer else " ".join(map(str, ids))
+def _text(tokenizer, ids: list[int], **options) -> str:
+    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids, **options)
 
 
 def _packed(frame: dict) -> list:
@@ -129,7 +135,7 @@ def _lane(name: str, lane, prompt_length: int) -> dict:
             "name": visible(name), "kind": "trace", "tokens": lane.tokens, "depth": lane.depth,
             "passes": lane.passes, "frames": steps, "deepest": max(deepest_cell(lane), *lane.depth),
         }  # fmt: skip
-    if not lane or not all(hasattr(one, "slots") for one in lane):
+    if not isinstance(lane, Sequence) or not lane or not all(isinstance(one, Pass) for one in lane):
         raise ValueError(f"the run {name!r} is {shown(lane)}; it must be a Generation, or the passes of an Engine")
     slots = [slot for one in lane for slot in one.slots]
     passes = [[one.stage.name, [list(slot) for slot in one.slots]] for one in lane]
@@ -171,9 +177,9 @@ def show(lanes: Mapping, prompt: Sequence[int] | None = None, tokenizer=None, ti
     """The page of `html`, same arguments, as the value of a notebook's cell."""
     page = html(lanes, prompt, tokenizer, title)
     runs = {name: lane for name, lane in lanes.items() if isinstance(lane, Generation)}
-    if runs:
-        figure = Figure(figsize=(9, 1.9 * len(runs)))
-        when, n = _poster(runs, len(prompt or ())), len(prompt or ())
+    if prompt is not None and runs:
+        figure, n = Figure(figsize=(9, 1.9 * len(runs))), len(prompt)
+        when = _poster(runs, n)
         steps = [sum(step.passes <= when for step in run.trace or []) for run in runs.values()]
         draw_race(figure, runs, n, steps, 30, tokenizer)
     else:
