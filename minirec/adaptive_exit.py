@@ -8,31 +8,38 @@
         1 |  * * * * * * * * * *
           +---------------------   position     (the prompt is run to depth r, unless exit_in_prefill)
 
-After a recurrence step a criterion compares what there is now with what there was before: two states, or two outputs
-of the coda, which costs a coda call a step.  Below the threshold, the token is taken from there.  `CRITERIA` lists
-them with the thresholds of the official code (`generate_with_adaptive_compute`); the idea is in 2502.05171, section
-6.1, with KL below 5e-4.  Exiting means that the host must know after every step whether to go on: one synchronisation
-a step, never more, which no other sampler here needs.
+After each recurrence step a criterion compares the new state with the previous one, or the new output of the coda
+with the previous output; comparing outputs costs one coda call per step.  When the change falls below the threshold,
+the token is decoded from that state.  `CRITERIA` lists the criteria with the thresholds of the official code
+(`generate_with_adaptive_compute`); 2502.05171, section 6.1, uses KL below 5e-4.  The host must know after every step
+whether to continue, so this sampler synchronises once per step; no other sampler here needs that.
 
-**What a deeper token reads of a shallower one.**  With a cache per step, a token that loops deeper than one before it
-asks for keys and values which that one never made.  It reads the last ones that were made ("latest": 2502.05171,
-remark 6.1): a token that exits stands in for its own missing steps.
+**What a deeper token reads of a shallower one.**  With one cache slot per step, a token that loops deeper than an
+earlier one needs keys and values that the earlier token never computed.  It reads the last ones that exist ("latest":
+2502.05171, remark 6.1): the last step a token ran is reused for the deeper steps it skipped.
 
-**A batch.**  All rows run until the last one exits.  A row that exited repeats its last step: the same input state at
-the same depth gives the same state, keys and values, in any kind of cache, and nothing of it changes any more.  So a
-row's tokens and depths are those it gets alone.  It waits, though: steps are saved only where all rows have exited.
+**A learned gate.**  A model that has one, as Ouro, has the criterion "gate" too.  After each step the gate gives the
+probability lambda of stopping there if not before; a token exits once the probability of having stopped,
+1 - prod (1 - lambda), summed step by step, reaches the threshold (2510.25741).  The published code runs every loop and
+then picks one; here a token stops looping, and deeper tokens read its last step as above.
+
+**A batch** runs in lockstep until its last row exits.  A row that has exited repeats its last step: the same input at
+the same depth gives the same state, keys and values, so nothing changes.  Each row therefore gets the tokens and depths
+it gets alone, but it waits for the others: a batch saves only the steps that no row needs.
 
 **Where this differs from the official code** (seal-rg/recurrent-pretraining, 59e0b69; see tests/golden/QUIRKS.md).
-Theirs lets a row that exited go on writing, and its later tokens read what it would not have had alone.  Theirs decodes
-the last *checked* step if no check fires, ours the last step.  Theirs counts min_steps from 0, so that 3 means 4.  A
-zero state has no direction, and their cosine is NaN there; ours is a change of 1.  A criterion that reads the coda
-has nothing to compare its first output with and cannot exit there (their KL compares with the uniform distribution).
-Tokens, steps and values are otherwise theirs (tests/test_adaptive_exit.py).
+The official code lets a row that has exited keep writing keys and values, so its later tokens differ from those it
+gets alone.  It decodes the last *checked* step if no check fires; we decode the last step.  It counts min_steps from 0,
+so 3 means 4.  Its cosine of a zero state is NaN; ours counts as a change of 1.  A criterion that reads the coda cannot
+exit at its first output, which has no predecessor (the official KL compares it with the uniform distribution).
+Tokens, steps and values otherwise agree (tests/test_adaptive_exit.py).
 
 Notebook: 05_adaptive_exit.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +101,8 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
 
 
+GATE = "gate"
+
 # name: (the measure, what it compares, the official threshold).  A row exits at the first check that is below the
 # threshold; where the threshold is a whole number, after as many checks in a row that saw no change.
 CRITERIA = {
@@ -125,9 +134,11 @@ def generate(
 
     num_steps: the most steps a token runs (None: the config's mean_recurrence).  criterion: a name in `CRITERIA`.
     threshold: None for its default there; at least 0, where 0 never exits and gives autoregressive decoding; for
-    argmax-stability a whole number of checks.  exit_in_prefill: the prompt may exit as well, as a whole: by the mean
-    over its positions of a measure of states, by the output at its last position else.  continuous_compute: a token
-    starts from the last state of the one before it (2502.05171, section 6.3), not from its own initial state.
+    argmax-stability a whole number of checks; for "gate", of models that have one, the probability at which to exit:
+    0 or less exits after the first step, more than 1 after the last (None: the checkpoint's).  exit_in_prefill: the
+    prompt may exit as well, as a whole: by the mean over its positions of a measure of states, else by its last
+    position.  continuous_compute: a token starts from the last state of the one before it (2502.05171, section 6.3),
+    not from its own initial state.
     min_steps, check_every: check after step min_steps and every check_every steps from there, against what the check
     before has seen.  options: those of `minirec.decoding.Options`.  Returns a Generation, or a list of them for a
     batch, whose `passes` count what the whole batch ran; `decodes` count the coda calls of a criterion too.  Raises
@@ -139,13 +150,19 @@ def generate(
     )
     if min_steps > r:
         raise ValueError(f"min_steps is {shown(min_steps)}; it must be from 1 to num_steps, here {r}")
-    default = CRITERIA[one_of("criterion", criterion, CRITERIA)][2]
+    if criterion == GATE:
+        if not hasattr(model, GATE):
+            known = ", ".join(map(repr, CRITERIA))
+            raise ValueError(f"criterion is {GATE!r}, and this model has no gate; it must be one of {known}")
+        default = model.config.early_exit_threshold
+    else:
+        default = CRITERIA[one_of("criterion", criterion, CRITERIA)][2]
     if threshold is None:
         threshold = default
     elif isinstance(default, int):
         threshold = whole("threshold", threshold, 1)
     else:
-        threshold = number("threshold", threshold, least=0)
+        threshold = number("threshold", threshold, least=None if criterion == GATE else 0)
     exit_in_prefill = flag("exit_in_prefill", exit_in_prefill)
     continuous_compute = flag("continuous_compute", continuous_compute)
     grid = Grid(model, prompt, max_new_tokens, r, **options)
@@ -182,8 +199,9 @@ def _loop(
     checks: the steps after which to ask the criterion; lengths: of the prompts, if the window holds those.  The logits
     are None if the criterion did not need them at the last step.
     """
-    measure, reads, default = CRITERIA[criterion]
+    measure, reads, default = CRITERIA.get(criterion, (None, GATE, None))
     limit, needed = (0.5, threshold) if isinstance(default, int) else (threshold, 1)
+    stopped, left = 0.0, 1.0  # by the gate: the probability of having stopped, (B, W), and what is left of 1
     e, s = grid.embed(at), at.read(grid.state)  # (B, W, d) each
     last: Tensor | None = None
     weights: Tensor | float = 1.0
@@ -192,7 +210,7 @@ def _loop(
         last = n[:, 0] - 1
         if reads == "state":
             weights = (at.positions < n).to(s) / n  # (B, T): the mean over a prompt's own positions, without padding
-    previous = s if reads == "state" else None
+    previous = None if reads == "logits" else s
     ran = [grid.num_steps] * len(grid.lengths)  # the steps of each row: the most, until it exits
     calm = [0] * len(ran)  # checks in a row that were below the limit
     before, exited = s, None
@@ -200,11 +218,18 @@ def _loop(
         before = s if exited is None else torch.where(exited, before, s)  # what goes into the step
         depths = step - 1 if exited is None else grid.depths([[min(step, n) - 1] * at.width for n in ran])
         s = grid.recur(before, e, at, depths)
+        if reads == GATE:
+            gate = grid.net.gate(s)  # (B, W)
+            stopped, left = stopped + gate * left, left * (1 - gate)
         if step not in checks:
             continue
-        new = s if reads == "state" else grid.decode(s, at, only=last)  # (B, W, d) or (B, 1, V)
+        new = grid.decode(s, at, only=last) if reads == "logits" else s  # (B, 1, V) or (B, W, d)
         if previous is not None:
-            change = measure(previous, new)  # (B, W) or (B, 1)
+            if reads == GATE:
+                change = torch.where(stopped >= threshold, -math.inf, math.inf)  # (B, W)
+                change = change[:, :1] if last is None else change.gather(1, last[:, None])
+            else:
+                change = measure(previous, new)  # (B, W) or (B, 1)
             change = change[:, 0] if lengths is None else (change * weights).sum(1)  # (B,)
             for row, moved in enumerate(change.tolist()):  # the one synchronisation of the step
                 calm[row] = calm[row] + 1 if moved < limit else 0

@@ -188,6 +188,16 @@ class RecurrentConfig:
         """Standard deviation of weights, and of the initial state before scaling: sqrt(2 / 5d)."""
         return math.sqrt(2 / (5 * self.n_embd))
 
+    @property
+    def embed_scale(self) -> float:
+        """Factor of token embeddings, and of the initial state: sqrt(d)."""
+        return math.sqrt(self.n_embd)
+
+    @property
+    def state_std(self) -> float:
+        """Standard deviation of the initial state: sqrt(2 / 5)."""
+        return self.init_std * self.embed_scale
+
     def depth(self, num_steps: int | None, least: int = 1) -> int:
         """num_steps, or mean_recurrence for None; ValueError if it is not a whole number from least to MOST_STEPS."""
         return self.mean_recurrence if num_steps is None else whole("num_steps", num_steps, least, MOST_STEPS)

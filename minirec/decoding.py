@@ -61,7 +61,7 @@ class Generation:
     tokens: the new tokens, stop token included; depth: recurrence steps spent on each; passes: recurrent-block
     passes in all, prefill included (what a memory-bound machine pays for); row_steps: the cells these passes
     advanced after the prefill; decodes: coda calls, prefill included (of the prelude there are as many, or fewer);
-    trace: None unless asked for.
+    trace: None unless requested.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -185,6 +185,8 @@ class Grid:
                 f"seed has {len(seeds)} values for {len(prompts)} prompts; it must be one int, or one each"
             )
 
+        if not model.injects:
+            model.check_decoding(num_steps, o.kv)
         self.model, self.options = model, o
         self.choice = TokenChoice(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty)
         self.num_steps, self.max_new_tokens = num_steps, max_new_tokens
@@ -196,7 +198,7 @@ class Grid:
         self.cache = KVCache(config, len(prompts), length, num_steps, o.kv, o.kv_slots, device, model.dtype)
         self.rope = model.rope(torch.arange(length, device=device))  # (L, 1, 1, c/2)
         self.seed = torch.tensor(seeds, device=device)[:, None]  # (B, 1)
-        self.filler = config.pad_token_id or 0  # stands where no token is known yet
+        self.filler = config.pad_token_id or 0  # at positions without a token yet
         self.tokens = torch.full((len(prompts), length), self.filler)  # (B, L)
         for row, ids in enumerate(prompts):
             self.tokens[row, : len(ids)] = torch.tensor(ids)
@@ -325,7 +327,7 @@ class Grid:
             self.finished[row] |= go_on is False
 
     def record(self, row: int, start: int, depths: list[int], guesses: list[int], **drafted) -> None:
-        """Note a finished outer step of a row, if a trace was asked for; drafted: its `drafts` and `draft_steps`."""
+        """Note a finished outer step of a row, if a trace was requested; drafted: its `drafts` and `draft_steps`."""
         trace = self.generations[row].trace
         if trace is not None:
             frozen, seconds = self.next_position(row) + 1, time.perf_counter() - self.started
@@ -360,7 +362,7 @@ def twin(module: nn.Module) -> Any:
 
 
 def _function(module: nn.Module) -> Any:
-    """What stands for a module in its parent's twin: something to call, or to look further parts up in."""
+    """What replaces a module in its parent's twin: a function, or a namespace of further parts."""
     if isinstance(module, nn.Linear):
         weight, bias = module.weight, module.bias
         return lambda x: F.linear(x, weight, bias)

@@ -1,14 +1,14 @@
 """Diffusion forcing: decode a whole diagonal of positions at once, each at its own depth.
 
-A recurrent-depth model can be decoded after every step, and its intermediate guesses are mostly right.  So do
-not wait for a token to be finished: let the next position start from the guess, and correct it while it runs
-(arXiv 2510.14961, Algorithm 2).  One outer step:
+A recurrent-depth model can be decoded after every step, and its intermediate guesses are mostly right.  So the next
+position starts from a guess before the current token is finished, and is corrected while it runs (arXiv 2510.14961,
+Algorithm 2).  One outer step:
 
     e = prelude(tokens of the window)         guesses included; blended with the last e (momentum eta)
     s = (1 - beta) s + beta s0'               optional noise, damped with depth
     s = R(s, e), r' times                     r' = inner_steps, for all positions of the window together
-    guesses = choose(coda(s))                 every position says again what should follow it
-    freeze                                    settled positions leave the window; what they predict is final
+    guesses = choose(coda(s))                 every position predicts its next token again
+    freeze                                    settled positions leave the window; their predictions are final
     open                                      headway new positions on the right start from their initial state
 
 | here | paper | default |       | here | paper | default |
@@ -35,6 +35,10 @@ position, unsettled ones before it included.
 NOT guaranteed that the tokens are those of autoregressive decoding: a position may settle on a left context
 that moves later, by less than epsilon at a time.
 
+**A model without injection** (Ouro, Nanbeige: `model.injects` is False) sees a token in its first step alone, so a
+state cannot follow when a guess changes (section 3.1).  Such a position begins again, and with it all to its right,
+which have read its keys: what the lossless wavefront does, with an exit criterion.
+
 **Where this differs from the official code** (seal-rg/recurrent-pretraining, 59e0b69; measured on its test
 model, see tests/golden/QUIRKS.md).  Theirs compares a state with that of a neighbour on the step after every
 advance, so nothing froze on any of the 60 such steps in three runs, where the aligned comparison froze on 29;
@@ -51,8 +55,10 @@ Notebook: 06_diffusion_forcing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minirec.config import flag, number, one_of, shown, whole
@@ -84,6 +90,7 @@ class Front:
     depths: list[int] = field(default_factory=lambda: [0])  # steps they have run
     ages: list[int] = field(default_factory=lambda: [0])  # how many of them on that token
     stands: list[tuple[int, int]] = field(default_factory=lambda: [(-1, 0)])  # (prediction, outer steps it has stood)
+    restarts: bool = False  # a cell whose token changes begins again, with all to its right: without injection it must
 
     def settle(
         self,
@@ -101,6 +108,9 @@ class Front:
         # did the position keep its token in this step?
         same = [True, *(guess == token for guess, token in zip(guessed, self.tokens[1:], strict=False))]
         self.depths = [depth + inner for depth in self.depths]
+        if self.restarts:  # what is to the right of a changed token has read the old one's keys
+            same = list(accumulate(same, min))
+            self.depths = [depth if kept else 0 for depth, kept in zip(self.depths, same, strict=True)]
         ages = [age + inner for age in self.ages]
         self.stands = [(g, n + 1 if g == old else 1) for g, (old, n) in zip(guessed, self.stands, strict=True)]
         self.ages = [age if kept else 0 for age, kept in zip(ages, same, strict=True)]
@@ -113,7 +123,7 @@ class Front:
             elif schedule == "token-stability":
                 calm = [n >= r // inner for _, n in self.stands]
             settled = [c or age >= r for c, age in zip(calm, ages, strict=True)]
-            if freeze == "prefix":
+            if freeze == "prefix" or self.restarts:
                 settled = [yes and kept for yes, kept in zip(settled, same, strict=True)]
         return leading(settled, freeze)
 
@@ -155,7 +165,7 @@ def generate(
     `minirec.decoding.Options`.  Returns a Generation, or a list of them for a batch, each row's independent of the
     others.  Raises ValueError for a bad argument, FloatingPointError for logits that are not finite.
     """
-    settings = PAPER | model.generation_config.get("diffusion_forcing", {})
+    settings = PAPER | ({} if model.injects else {"kv": "full"}) | model.generation_config.get("diffusion_forcing", {})
     r = model.config.depth(num_steps)
     max_new_tokens, headway, max_wavefront = check_counts(
         max_new_tokens=max_new_tokens, headway=headway, max_wavefront=max_wavefront
@@ -171,6 +181,9 @@ def generate(
     threshold = number("exit_threshold", threshold, least=0)
     noise, momentum = number("noise", noise, least=0, below=1), number("momentum", momentum, least=0, below=1)
     continuous_compute = flag("continuous_compute", continuous_compute)
+    if not model.injects and (noise or continuous_compute):
+        name, value = ("noise", noise) if noise else ("continuous_compute", True)
+        raise ValueError(f"{name} is {value}; this model's state starts as its token's embedding")
     kv = settings["kv"] if kv is None else kv
     max_wavefront = min(max_wavefront, max_new_tokens)
     headway = min(headway, max_wavefront)
@@ -178,8 +191,8 @@ def generate(
     embedding, eta = torch.zeros_like(grid.state), torch.zeros_like(grid.state[..., 0])  # (B, L, d), (B, L)
     change = torch.zeros_like(grid.state)  # (B, L, d): of the state, in the last outer step
     grid.prefill()  # at full depth, as in autoregressive decoding
-    last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
-    fronts = [Front(g.tokens[:1]) for g in grid.generations]
+    last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction is used
+    fronts = [Front(g.tokens[:1], restarts=not model.injects) for g in grid.generations]
     if continuous_compute:
         for row, start in enumerate(grid.lengths):
             grid.state[row, start] = grid.state[row, start - 1]
@@ -212,6 +225,9 @@ def generate(
             is_open = torch.arange(at.width, device=model.device) < upload(widths, model.device)[:, None]
             s, guesses = torch.where(is_open[..., None], s, before), torch.where(is_open, guesses, grid.filler)
             at.write(eta, at.read(eta) * is_open)
+        if not model.injects:  # a cell whose token changes begins again, and all to its right: from zeros
+            changed = F.pad(guesses[:, :-1] != at.read(grid.tokens)[:, 1:], (1, 0)).cumsum(1) > 0  # (B, W)
+            s = s.masked_fill(changed[..., None], 0.0)
         at.write(grid.state, s)
         grid.place(at, guesses)
 

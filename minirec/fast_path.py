@@ -1,22 +1,22 @@
 """The fast path for a GPU: every step with fixed shapes, captured once as a CUDA graph and replayed.
 
-At batch 1 a pass through a large model takes as long as reading its weights, if nothing else gets in the way.  Two
-things do: a pass is some hundred small calls that Python must make in time, and every call that asks the GPU for a
-number waits for all that came before it.  A CUDA graph is such a sequence of calls, recorded once and started by one.
-It replays the same kernels on the same addresses.  So whatever changes from step to step must be a *value* in a tensor
-that stays, and no shape, address or Python number:
+At batch 1 a pass through a large model should take as long as reading its weights.  Two things add to that: Python
+has to launch some hundred small kernels per pass, and every read of a value from the GPU waits for all earlier work.
+A CUDA graph records such a sequence of kernels once and launches it with one call.  It replays the same kernels on the
+same addresses, so everything that changes from step to step must be a *value* in a tensor that stays in place, never a
+shape, an address or a Python number:
 
-    a window's place   positions, rotations and mask lie in tensors of `StaticWindow`, overwritten by `move`
-    its width          is rounded up to a power of two; cells beyond it compute something that nobody reads
+    a window's place   positions, rotations and mask are tensors of `StaticWindow`, overwritten by `move`
+    its width          is rounded up to a power of two; nothing reads the cells beyond it
     its end            attention looks at the first 64, 128, 256, ... positions; the mask hides those not yet written
     depths of a wave   an int64 tensor (B, W): which slot of the cache each cell writes and reads
 
-One depth for the whole window stays a number: it says which views of the cache are read, without a copy, and every
-depth has a graph of its own.  Per cell the slots are gathered, which copies what attention reads.
+A depth shared by the whole window remains a Python number: it selects views of the cache without a copy, and every
+depth has a graph of its own.  Slots that differ by cell are gathered, which copies what attention reads.
 
-The work is not written twice: `FastPath` runs the very functions of `Grid`, on a window and inputs of its own.  On a
-CPU nothing is captured and the rest is the same, so tests hold both paths together there; it gains nothing there.
-A prompt runs as it is, since its pass is long enough, and so do the mixed passes of the batching engine.
+`FastPath` runs the functions of `Grid` on a window and inputs of its own.  On a CPU nothing is captured and nothing is
+gained, but the rest is the same, so tests can compare both paths there.  Prompts run without graphs, since their passes
+are long enough, and so do the mixed passes of the batching engine.
 
 Notebook: 10_full_scale.
 """

@@ -1,6 +1,6 @@
-"""Keys and values of everything decided so far, pre-allocated and written in place.
+"""Keys and values of all positions so far, allocated once and written in place.
 
-A looped block has one set of weights but meets every token r times, and each time its keys and values differ.
+A looped block processes every token r times with one set of weights, and each time its keys and values differ.
 How many of them to keep is a choice (arXiv 2502.05171, section 6.2; arXiv 2510.14961, section 3.2):
 
     "full"     own keys and values for every recurrence step: step j of a token reads step j of its past
@@ -11,11 +11,11 @@ How many of them to keep is a choice (arXiv 2502.05171, section 6.2; arXiv 2510.
                           |             |
                        by depth     by position       <- the position x depth grid, literally
 
-With shared slots the numbers depend on how a text is cut into windows: positions that run together read each other's
+With shared slots the results depend on how a text is cut into windows: positions that run together read each other's
 steps before they are overwritten.
 
-Prelude and coda are passed once and have one slot.  The last slot is stored first: in a wave every position is a little
-shallower than the one left of it, so its cells lie on a diagonal of this memory, and a diagonal can be read and
+Prelude and coda run once per token and have one slot.  Slots are stored deepest first: in a wave every position is
+shallower than its left neighbour, so the cells of a wave lie on a diagonal of this memory, which can be read and
 written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 """
 
@@ -39,13 +39,14 @@ FEW = 8  # cells of a row up to which it shares a call with others that have few
 def slots_kept(num_steps: int, kv: str, kv_slots: int) -> int:
     """Slots of the recurrent block's keys and values: num_steps with kv "full", kv_slots with "shared".
 
-    Raises ValueError for an unknown kv, for kv_slots outside 1..num_steps, and for kv_slots above 1 with kv "full".
+    Raises ValueError for an unknown kv, for kv_slots outside 1..num_steps, and with kv "full" for kv_slots that are
+    neither left at 1 nor what it keeps, num_steps.
     """
     num_steps, kv_slots = whole("num_steps", num_steps, 1, MOST_STEPS), whole("kv_slots", kv_slots)
     one_of("kv", kv, ("full", "shared"))
     if not 1 <= kv_slots <= num_steps:
         raise ValueError(f"kv_slots is {shown(kv_slots)}; it must be from 1 to num_steps, here {num_steps}")
-    if kv == "full" and kv_slots > 1:
+    if kv == "full" and kv_slots not in (1, num_steps):
         raise ValueError(f"kv_slots is {kv_slots}, which has no effect with kv 'full'; it needs kv 'shared'")
     return num_steps if kv == "full" else kv_slots
 

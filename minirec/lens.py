@@ -1,4 +1,4 @@
-"""Looking inside the loop: where the state goes, and what could be read from it on the way.
+"""Looking inside the loop: the path of the state, and what can be decoded from it along the way.
 
     trajectory          s_0 .. s_r             every state that a token passes through
     relative_change     |s_k - s_(k-1)|/|s_k|  how far each step moves it
@@ -8,14 +8,16 @@
     settled             from which step on the most likely token never changes again
     principal_components                       the two or three directions in which states differ most, for pictures
 
-The coda is trained to read states of the loop, whatever their depth; the head is trained to read what the coda
-blocks make of them.  So the coda lens is the model's own reader, and the logit lens is a guess that happens to work
-in ordinary transformers.  Lu et al. (arXiv 2507.02199) compare the two on Huginn-0125; maps and paths are those of
+The coda is trained on states of any depth; the head is trained on the output of the coda blocks.  So the coda lens is
+the model's own reader, while the logit lens is a shortcut that happens to work in ordinary transformers.  Lu et al.
+(arXiv 2507.02199) compare the two on Huginn-0125; maps and paths are those of
 arXiv 2502.05171, section 7.  States are raw, before ln_f, and the step is always the first axis.
 Notebook: 03_thinking_longer.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,13 +75,15 @@ def distance_to_end(states: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def coda_lens(model: RecurrentDepthLM, states: Tensor) -> Tensor:
+def coda_lens(model: RecurrentDepthLM, states: Tensor, tokens: Tensor | None = None) -> Tensor:
     """What the model would say at each state: (..., B, T, d) -> logits (..., B, T, V), float32 or wider.
 
-    The coda's blocks attend, so the states of all positions of a sequence are read together, step by step.  Raises
-    ValueError if states are not floating-point numbers of that shape and the model's d.
+    The coda's blocks attend, so the states of all positions of a sequence are read together, step by step.  tokens
+    (B, T) int64: needed by a model whose coda looks tokens up.  Raises ValueError if states are not floating-point
+    numbers of that shape and the model's d.
     """
-    return _by_step(model, model.coda, states)
+    at = None if tokens is None else model.whole(tokens)
+    return _by_step(model, partial(model.coda, at=at), states)
 
 
 @torch.inference_mode()

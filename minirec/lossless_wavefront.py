@@ -1,37 +1,38 @@
-"""The lossless wavefront: guess the next token early, go on, and take back what a wrong guess began.
+"""The lossless wavefront: start the next token from an early guess, and undo what a wrong guess started.
 
-Diffusion forcing lets a position start from a guess and corrects it while it runs; its output is nearly that of
-autoregressive decoding.  Two changes make it exactly that (tests hold them together, token for token):
+Diffusion forcing starts a position from a guess and corrects it while it runs; its output is close to that of
+autoregressive decoding.  Two changes make it equal, token for token:
 
-    keys and values per depth    step k of a position reads step k of those before it, as in autoregressive decoding
-    a guess that changes         throws away everything to its right, which was computed from the old one
+    keys and values per depth    step k of a position reads step k of the positions before it, as in autoregressive
+                                 decoding
+    restart on a changed guess   everything to the right of it was computed from the old guess and is discarded
 
       depth
         r |  * * * A           one outer step: every position in flight runs `guess_after` steps at its own depth,
-          |  * * * . B         all of them say again what follows, and then
-          |  * * * . . C         - the first guess that differs from the token standing there ends the wave:
-          |  * * * . . . D         that position starts again, with the new token, from its initial state
-        1 |  * * * . . . .       - the leftmost position, once r deep, commits what it predicts
-          +----------------      - the next position opens, when its left neighbour is guess_after deep
+          |  * * * . B         all of them predict their next token again, and then
+          |  * * * . . C         - the first prediction that differs from the token in use ends the wave:
+          |  * * * . . . D         that position restarts, with the new token, from its initial state
+        1 |  * * * . . . .       - the leftmost position, once r deep, commits its prediction
+          +----------------      - the next position opens when its left neighbour is guess_after deep
              position
 
-When A is r deep, all its steps were run on tokens that are final, reading positions all of whose steps were run on
-tokens that are final: it is the cell that autoregressive decoding computes, and induction over positions does the
-rest.  Guesses that are right from the start cost guess_after passes a token instead of r.
+When A is r deep, all its steps ran on a final token and read positions whose steps all ran on final tokens.  So A is
+the cell that autoregressive decoding computes, and the claim follows by induction over positions.  Guesses that are
+right from the start cost guess_after passes per token instead of r.
 
-**Sampling** is exact too, and needs no rejection step: the noise a token is drawn with is a function of (seed,
-position) (`minirec.noise`), so a guess is what sampling at that depth draws with the very noise the final choice will
-use.  It stands if the final distribution, under the same noise, draws the same token; what is committed is in any
-case what autoregressive decoding draws.  Rejection sampling (the correction in LoopSpec and in speculative decoding at
-large) accepts with probability 1 - TV, TV the total variation between guess and target; a shared Gumbel noise with at
-least (1 - TV) / (1 + TV) (Daliri et al., arXiv 2408.07978), and it gives the same tokens for the same seed.
+**Sampling** is exact too, without a rejection step.  The noise of a token is a function of (seed, position)
+(`minirec.noise`), so a guess is drawn with the same noise as the final choice.  The guess survives if the final
+distribution draws the same token under that noise; what is committed is always what autoregressive decoding draws.
+Rejection sampling, as in LoopSpec and in speculative decoding at large, accepts with probability 1 - TV, where TV is
+the total variation between guess and target.  Shared Gumbel noise accepts with at least (1 - TV) / (1 + TV) (Daliri et
+al., arXiv 2408.07978), and gives the same tokens for the same seed.
 
-**What is known.**  WFD (arXiv 2609.23033) is this diagonal: width ceil(r / r_draft), a mismatch flushes what is behind.
-LoopSpec (2609.17184) proposes from two depths, follows several branches and verifies in cascade; DAS-Wave (2609.34538)
-uses the wave as a drafter for a separate full-depth verifier.  All three run one sequence.  Here a guess is compared
-after every outer step, not only once verified, so a wrong one is taken back sooner; rows of a batch run waves of their
-own widths; sampled output has the tokens of autoregressive sampling; and the prelude runs on the newest position
-alone.  Nothing is trained, branched or verified twice.
+**Related work.**  WFD (arXiv 2609.23033) is this diagonal: width ceil(r / r_draft), and a mismatch flushes everything
+behind it.  LoopSpec (2609.17184) proposes from two depths, follows several branches and verifies in cascade; DAS-Wave
+(2609.34538) uses the wave as a drafter for a separate full-depth verifier.  All three run one sequence.  Here guesses
+are compared after every outer step, so a wrong one is undone sooner; rows of a batch run waves of their own widths;
+sampled output equals autoregressive sampling; and the prelude runs on the newest position alone.  Nothing is trained,
+branched or verified twice.
 
 Notebook: 08_lossless_wavefront.
 """
@@ -96,7 +97,7 @@ def generate(
     grid = Grid(model, prompt, max_new_tokens, r, spare=min(widest, max_new_tokens), **options)
     initial, embedding = grid.state.clone(), torch.zeros_like(grid.state)  # (B, L, d) each
     grid.prefill()
-    last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction can be asked for
+    last = [n + max_new_tokens - 2 for n in grid.lengths]  # the last position whose prediction is used
     rows = range(len(grid.lengths))
     tokens = [[g.tokens[0]] for g in grid.generations]  # of each row's wave, left to right
     depths = [[0] for _ in rows]  # and the steps that each position has run on its token

@@ -1,9 +1,9 @@
 """Random numbers that are a function of where they are used: (seed, position, channel) -> number.
 
-A sampler that visits positions in another order, in other batches or several times must still see the same
-initial state and the same sampling noise at each position; otherwise "the same tokens as autoregressive
-decoding" could not even be stated.  A generator with a hidden state cannot give that, a hash can: it has no
-state, no order, and gives the same bits on every device.  Notebook: 01_recurrent_block.
+A sampler that visits positions in another order, in other batches or several times must see the same initial state
+and the same sampling noise at each position; otherwise "the same tokens as autoregressive decoding" would mean nothing.
+A generator with internal state cannot do that.  A hash can: it has no state and no order, and gives the same bits on
+every device.  Notebook: 01_recurrent_block.
 """
 
 from __future__ import annotations

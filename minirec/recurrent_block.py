@@ -195,6 +195,7 @@ class RecurrentDepthLM(nn.Module):
     save_pretrained: Callable[..., None]
     transformer: Any  # a ModuleDict: PyTorch has no types for what its names stand for
     block_class: type[nn.Module] = SandwichBlock
+    injects: bool = True  # every step sees e, so that a state can follow its token when that changes
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
@@ -270,8 +271,7 @@ class RecurrentDepthLM(nn.Module):
         tensor that broadcasts against positions; scale: from 0 (zeros) to 1000.  Raises ValueError for others.
         """
         scale = number("scale", scale, least=0, most=1000)
-        std = self.config.init_std * math.sqrt(self.config.n_embd) * scale
-        return truncated_normal(seed, positions, self.config.n_embd, std).to(self.dtype)
+        return truncated_normal(seed, positions, self.config.n_embd, self.config.state_std * scale).to(self.dtype)
 
     def whole(self, x: Tensor) -> Whole:
         """The positions 0..T-1 that tokens (B, T) or states (B, T, d) stand at."""
@@ -279,7 +279,7 @@ class RecurrentDepthLM(nn.Module):
 
     def prelude(self, tokens: Tensor, at=None) -> Tensor:
         """P: tokens (B, T) int64 -> e (B, T, d), what every recurrence step is conditioned on."""
-        e = self.transformer.wte(tokens) * math.sqrt(self.config.n_embd)  # (B, T, d)
+        e = self.transformer.wte(tokens) * self.config.embed_scale  # (B, T, d)
         return run(self.transformer.prelude, e, at or self.whole(e), "prelude")
 
     def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:

@@ -1,6 +1,6 @@
-"""Self-speculation: the same model drafts with few recurrence steps and checks with all of them.
+"""Self-speculation: the same model drafts with few recurrence steps and verifies with all of them.
 
-A draft model has to be trained for other language models; a recurrent-depth model is its own: stop the loop early and
+Other language models need a second model to draft; a recurrent-depth model drafts for itself: stop the loop early and
 decode.  A round drafts `lookahead` tokens one after the other, `draft_steps` deep each, and then takes their positions
 to full depth in one window (2502.05171, section 6.4; `generate_speculative` of the official code):
 
@@ -12,17 +12,17 @@ to full depth in one window (2502.05171, section 6.4; `generate_speculative` of 
         1 |  * * d d d d
           +---------------   position
 
-**The draft's steps are the verifier's first steps.**  Step k of a drafted position reads step k of the positions left
-of it, which is what autoregressive decoding would have it read if the drafts are right; so nothing is computed twice.
+**The draft's steps are the verifier's first steps.**  Step k of a drafted position reads step k of the positions to
+its left.  If the drafts are right, autoregressive decoding reads the same, so nothing is computed twice.
 A round costs lookahead x draft_steps + (r - draft_steps) passes.  The official code verifies from scratch and pays
 lookahead x draft_steps + r; `reuse=False` does that, to compare.
 
 **What is guaranteed.**  The tokens are those of autoregressive decoding at r steps with the same seed, greedy or
-sampled: at temperature > 0 draft and verifier draw with the same noise at the same position (`minirec.noise`), so a
-draft is right if it is the very token that autoregressive sampling would have drawn there, and the distribution is
-exact with no rejection step (the official code compares drafts with the argmax, and so changes the distribution).
-With `accept` below 1 a draft may differ from it, and the guarantee is gone: a draft also passes if its probability is
-at least `accept` times that of the verifier's likeliest token.  A shared cache has one more catch, see `generate`.
+sampled.  At temperature > 0, draft and verifier draw with the same noise at the same position (`minirec.noise`): a
+draft is accepted if autoregressive sampling would have drawn that very token, so the distribution is exact without a
+rejection step.  (The official code compares drafts with the argmax, which changes the distribution.)  `accept` below 1
+gives up the guarantee: a draft also passes if its probability is at least `accept` times that of the verifier's
+likeliest token.  A shared cache gives it up too, see `generate`.
 
 Notebook: 08_lossless_wavefront, which compares it with the diagonal schedule.
 """

@@ -21,6 +21,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 from minirec import RecurrentConfig, RecurrentDepthLM
+from minirec.families import NanbeigeConfig, OuroConfig, ParcaeConfig, RavenConfig, model_of
 
 torch.set_num_threads(1)
 matplotlib.use("Agg")  # no window; MPLBACKEND would reach the notebooks' kernels and replace their inline figures
@@ -87,32 +88,61 @@ def golden_model(golden_folder) -> RecurrentDepthLM:
     return RecurrentDepthLM.from_pretrained(golden_folder / "model").requires_grad_(False)
 
 
+# what a small model of each family has beside the sizes that all have
+SMALL = {
+    "huginn": (RecurrentConfig, {}),
+    "raven_llama": (RavenConfig, dict(n_heads=4, n_kv_heads=2, head_dim=4, rope_base=1e4)),
+    "raven_olmo": (RavenConfig, dict(n_heads=4, n_kv_heads=1, head_dim=6, olmo=True)),
+    "parcae": (
+        ParcaeConfig,
+        dict(n_embd=32, n_layers_in_prelude=2, n_layers_in_recurrent_block=2, n_layers_in_coda=2),
+    ),
+    "ouro": (
+        OuroConfig,
+        dict(n_heads=4, n_kv_heads=2, head_dim=6, n_layers_in_recurrent_block=2, n_layers_in_prelude=0),
+    ),
+    "nanbeige": (NanbeigeConfig, dict(n_heads=4, n_kv_heads=1, head_dim=6, n_layers_in_prelude=0)),
+}
+
+
 @pytest.fixture(scope="session")
-def small_model():
-    """A factory of small random models: `small_model(seed, n_layers_in_coda=2)`.
+def small_family():
+    """A factory of small random models of every family: `small_family("ouro", seed, n_kv_heads=1)`.
 
     float64, so that rounding, which depends on the shape of a batch, cannot decide between two tokens.  The weights
     are larger than a fresh model's and no norm or offset is trivial: tokens vary, and every term counts.
     """
 
     @functools.cache
-    def build(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes) -> RecurrentDepthLM:
+    def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **sizes) -> RecurrentDepthLM:
+        config, own = SMALL[name]
         shape = dict(n_embd=16, n_heads=2, intermediate_size=24, vocab_size=23, block_size=48, mean_recurrence=4)
         shape |= dict(n_layers_in_prelude=1, n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_backprop_depth=2)
-        model = RecurrentDepthLM(RecurrentConfig(**(shape | sizes))).to(dtype).requires_grad_(False).eval()
+        if name in ("ouro", "nanbeige"):
+            shape["n_layers_in_coda"] = 0
+        model = model_of(config(**(shape | own | sizes))).to(dtype).requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(seed)
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            if p.dim() == 1:
+            if name.endswith(("A_log", "dt_bias")):
+                p.copy_(0.3 * noise)
+            elif p.dim() == 1:
                 p.copy_(1 + 0.15 * noise)
-            elif "wte" in name or "qk_bias" in name:
+            elif "wte" in name or "embed" in name or "qk_bias" in name:
                 p.copy_(0.4 * noise)
             else:
                 p.copy_(noise / p.shape[1] ** 0.5)
-        model.transformer.adapter.weight[:, : model.config.n_embd] *= 0.5  # so that the recurrence settles
+        if "transformer.adapter.weight" in dict(model.named_parameters()):
+            model.transformer.adapter.weight[:, : model.config.n_embd] *= 0.5  # so that the recurrence settles
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_model(small_family):
+    """A factory of small random models of the recurrent block: `small_model(seed, n_layers_in_coda=2)`."""
+    return functools.partial(small_family, "huginn")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from spoiling import spoilt_bytes, spoilt_json
 import minirec
 from minirec import RecurrentConfig, RecurrentDepthLM, diffusion_forcing, lossless_wavefront
 from minirec.decoding import stop_tokens
-from minirec.files import checkpoint, writing
+from minirec.files import checkpoint, huginn, writing
 from minirec.tasks import task_tokenizer
 
 WTE, NORM = "transformer.wte.weight", "transformer.ln_f.weight"
@@ -887,9 +887,11 @@ def test_no_module_can_open_a_pickle():
             for name in names:
                 bad = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
                 assert name.split(".")[0] not in bad, f"{path.name}: {name}"
-                assert name not in ("torch.load", "torch.save", "torch.hub", "numpy.load", "np.load"), (
-                    f"{path.name}: {name}"
-                )
+                banned = {"torch.load", "torch.save", "torch.hub", "numpy.load", "np.load"}
+                if path.name == "convert.py":  # `minirec convert` reads a pickle when told to, and runs no code of it
+                    banned -= {"torch.load"}
+                    assert 'torch.load(file, map_location="cpu", weights_only=True)' in path.read_text(encoding="utf-8")
+                assert name not in banned, f"{path.name}: {name}"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
@@ -1137,7 +1139,7 @@ def test_a_made_checkpoint_has_the_published_layout(shape, golden_folder, tmp_pa
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["config.json", *names, checkpoint.INDEX]
     config = json.loads((tmp_path / "made" / "config.json").read_text())
-    assert config.pop("weights").startswith("random") and config == checkpoint.official_config(shape, torch.float32)
+    assert config.pop("weights").startswith("random") and config == huginn.official_config(shape, torch.float32)
     assert checkpoint.load(tmp_path / "made").config == shape
 
 

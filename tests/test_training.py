@@ -922,7 +922,7 @@ TRAINS = """
 import os, signal, sys
 from minirec import training
 from minirec.files import run
-from tests.test_training import RUN, fresh_model
+from test_training import RUN, fresh_model
 save, saves = run.Run.save, []
 def saved(*args):
     save(*args)
@@ -940,7 +940,9 @@ training.train(fresh_model(), training.TrainingConfig(**RUN), run.Run(sys.argv[1
 def train_elsewhere(folder, saves: int, then: str) -> subprocess.Popen:
     """A process that trains, and after so many saves waits or dies; it has saved once when this returns."""
     command = [sys.executable, "-c", TRAINS, str(folder), str(saves), then]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": path})
     assert child.stdout.readline() == "saved\n"
     return child
 

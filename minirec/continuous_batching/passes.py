@@ -126,7 +126,7 @@ class Passes:
     def _move(self, slot: Slot, guessed: list[int], calm: list[bool], busy: int) -> Move:
         """Where a slot goes after a coda in which its cells predicted `guessed`."""
         if slot.request.state is State.PREFILL:
-            return read_on(slot, guessed, self.chunk, self.waves)
+            return read_on(slot, guessed, self.chunk, self.waves, not self.grid.model.injects)
         if not self.waves:
             return next_token(slot, guessed)
         if slot.front is None:

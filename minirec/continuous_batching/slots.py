@@ -136,14 +136,14 @@ def _joined(left: Part, right: Part) -> Part:
     return Part(together([left, right]), 0, left.cells + right.cells)
 
 
-def read_on(slot: Slot, guessed: list[int], chunk: int, waves: bool) -> Move:
-    """Prefill: the next chunk of the prompt, or the first new token."""
+def read_on(slot: Slot, guessed: list[int], chunk: int, waves: bool, restarts: bool) -> Move:
+    """Prefill: the next chunk of the prompt, or the first new token; restarts: as of `Front`."""
     request, end = slot.request, slot.start + len(slot.tokens)
     if end < len(request.prompt):
         tokens = request.prompt[end : end + chunk]
         return Move([], end, tokens, [0] * len(tokens))
     token = guessed[-1]
-    front = Front([token]) if waves and request.threshold is not None else None
+    front = Front([token], restarts=restarts) if waves and request.threshold is not None else None
     return Move([(token, request.num_steps)], end, [token], [0], front=front)
 
 

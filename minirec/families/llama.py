@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirec.config import RecurrentConfig, number, whole
-from minirec.recurrent_block import Attend, causal, wide
+from minirec.recurrent_block import Attend, RMSNorm, causal, wide
 
 
 @dataclass
@@ -115,3 +115,17 @@ class LlamaMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         return self.down_proj(F.silu(self.gate_proj(x)).mul_(self.up_proj(x)))
+
+
+class PreNormBlock(nn.Module):
+    """x <- x + attn(norm_1(x));   x <- x + mlp(norm_2(x)), with the attention and MLP of a family."""
+
+    def __init__(self, config: RecurrentConfig, attention: type[nn.Module], mlp: type[nn.Module]):
+        super().__init__()
+        self.norm_1, self.norm_2 = (RMSNorm(config.n_embd, config.norm_eps) for _ in range(2))
+        self.attn, self.mlp = attention(config), mlp(config)
+
+    def forward(self, x: Tensor, *where) -> Tensor:
+        """(B, T, d) -> (B, T, d); where: what the attention takes beside x."""
+        x = self.attn(self.norm_1(x), *where).add_(x)
+        return self.mlp(self.norm_2(x)).add_(x)

@@ -7,19 +7,20 @@ What differs from the recurrent block of Huginn:
     loops       one norm after each; its output feeds the next loop, the gate and the head
     block       Llama's layer with a second norm after each branch, inside the sum
 
-A state of zeros stands for one that has not begun.  Without injection a state cannot follow its token when that changes
-(arXiv 2510.14961, section 3.1).  Depths beyond the trained loops (`mean_recurrence`) were never trained.
+A state of zeros is one that has not begun.  Without injection a state cannot follow its token when that changes (arXiv
+2510.14961, section 3.1), so diffusion forcing starts such a position again.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from minirec.config import number
+from minirec.config import number, shown
 from minirec.families.llama import LlamaAttention, LlamaConfig, LlamaMLP, rope_table
 from minirec.recurrent_block import Attend, RecurrentDepthLM, RMSNorm, causal, run, wide
 
@@ -60,6 +61,7 @@ class Looped(RecurrentDepthLM):
     """A transformer without prelude, coda or injection that is run again and again; parts as of `RecurrentDepthLM`."""
 
     block_class: type[nn.Module]
+    injects = False
 
     def build(self) -> None:
         """Modules under the names of the published tensors."""
@@ -78,8 +80,28 @@ class Looped(RecurrentDepthLM):
         return rope_table(positions, self.config)
 
     def initial_state(self, positions: Tensor, seed: int | Tensor = 0, scale: float = 1.0) -> Tensor:
-        """Zeros (..., d), which `recur` takes for e; seed and scale have nothing to change."""
+        """Zeros (..., d), which `recur` takes for e; ValueError for a scale, which would have no effect."""
+        if scale not in (0, 1):
+            raise ValueError(f"init_scale is {shown(scale)}; this model's state starts as its token's embedding")
         return torch.zeros(*positions.shape, self.config.n_embd, device=positions.device, dtype=self.dtype)
+
+    def check_decoding(self, num_steps: int, kv: str = "full") -> None:
+        """Warn of what such models do badly: more loops than were trained, and loops that share keys and values."""
+        trained = self.config.mean_recurrence
+        if num_steps > trained:
+            warnings.warn(f"num_steps is {num_steps}; this model was trained with {trained} loops", stacklevel=4)
+        if kv == "shared":
+            warnings.warn(
+                "kv is 'shared', which this model was not trained for: on GSM8K, Ouro-1.4B falls from 77.9 to 0.2 "
+                "(arXiv 2608.09444)",
+                stacklevel=4,
+            )
+
+    def checked_steps(self, tokens: Tensor, num_steps: int | None, state: Tensor | None = None) -> int:
+        """As of `RecurrentDepthLM`; a warning for more loops than were trained."""
+        num_steps = super().checked_steps(tokens, num_steps, state)
+        self.check_decoding(num_steps)
+        return num_steps
 
     def prelude(self, tokens: Tensor, at=None) -> Tensor:
         """The embedding of tokens (B, T) int64: e (B, T, d)."""
@@ -111,6 +133,17 @@ class Ouro(Looped):
 
 
 def exit_distribution(gates: Tensor) -> Tensor:
-    """The probability of each loop to be the last: lambdas (R, ...) -> (R, ...); the last loop takes what is left."""
-    stay = torch.cat([torch.ones_like(gates[:1]), (1 - gates[:-1]).cumprod(dim=0)])  # of having come so far
-    return torch.cat([gates[:-1] * stay[:-1], stay[-1:]])
+    """The probability that each loop is the last: lambdas (R, ...) -> (R, ...); the last takes what is left of 1."""
+    left = torch.cat([torch.ones_like(gates[:1]), (1 - gates[:-1]).cumprod(dim=0)])
+    return torch.cat([gates[:-1] * left[:-1], left[-1:]])
+
+
+def exit_loops(gates: Tensor, threshold: float) -> Tensor:
+    """The loop at which the gate exits: lambdas (R, ...) -> (...) int64, from 1.
+
+    The first one by which the probability of having exited reaches the threshold; the last one if none does, also where
+    rounding keeps the sum below 1.
+    """
+    reached = exit_distribution(gates).cumsum(dim=0) >= threshold
+    reached[-1] = True
+    return reached.to(torch.int8).argmax(dim=0) + 1

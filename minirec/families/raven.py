@@ -19,9 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minirec.config import flag, number, one_of
-from minirec.families.llama import LlamaConfig, grouped, rope_table
-from minirec.noise import truncated_normal
+from minirec.config import flag, number, one_of, shown
+from minirec.families.llama import LlamaConfig, PreNormBlock, grouped, rope_table
 from minirec.recurrent_block import Attend, GatedMLP, RecurrentDepthLM, RMSNorm, causal, run, wide
 
 STD = 0.0087038827977848  # of the initial state in every published model: sqrt(2 / 5d) at Huginn's width
@@ -35,6 +34,7 @@ class RavenConfig(LlamaConfig):
     state_std: float = STD
     initial_state_mode: str = "random"
 
+    embed_scale: ClassVar[float] = 1.0
     KEYS: ClassVar[dict[str, str]] = dict(
         num_key_value_heads="n_kv_heads", max_position_embeddings="block_size", rope_theta="rope_base"
     )
@@ -66,29 +66,26 @@ class RavenAttention(nn.Module):
         return self.proj(grouped(q, k, v, self.heads, rope, attend))
 
 
-class RavenBlock(nn.Module):
-    """x <- x + attn(norm(x)) in Llama, x <- x + norm(attn(x)) in OLMo-2; then the same with the MLP."""
+class PostNormBlock(nn.Module):
+    """OLMo-2's: x <- x + norm_1(attn(x));   x <- x + norm_2(mlp(x))."""
 
     def __init__(self, config: RavenConfig):
         super().__init__()
-        self.olmo = config.olmo
         self.norm_1, self.norm_2 = (RMSNorm(config.n_embd, config.norm_eps) for _ in range(2))
-        self.attn = RavenAttention(config)
-        self.mlp = GatedMLP(config)
+        self.attn, self.mlp = RavenAttention(config), GatedMLP(config)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        if self.olmo:
-            x = self.norm_1(self.attn(x, rope, attend)) + x
-            return self.norm_2(self.mlp(x)) + x
-        x = self.attn(self.norm_1(x), rope, attend).add_(x)
-        return self.mlp(self.norm_2(x)).add_(x)
+        x = self.norm_1(self.attn(x, rope, attend)).add_(x)
+        return self.norm_2(self.mlp(x)).add_(x)
 
 
 class Raven(RecurrentDepthLM):
     """A retrofitted model; parts and use as of `RecurrentDepthLM`."""
 
-    block_class = RavenBlock
+    def block_class(self, config: RavenConfig) -> nn.Module:
+        """A block of Llama or of OLMo-2."""
+        return PostNormBlock(config) if config.olmo else PreNormBlock(config, RavenAttention, GatedMLP)
 
     def rope(self, positions: Tensor) -> Tensor:
         """The rotation of every position: (..., T) int64 -> (..., T, 1, head_dim/2) complex64."""
@@ -96,13 +93,10 @@ class Raven(RecurrentDepthLM):
 
     def initial_state(self, positions: Tensor, seed: int | Tensor = 0, scale: float = 1.0) -> Tensor:
         """Truncated normal of `state_std`; zeros, which `recur` takes for e, if the state starts as e."""
-        std = self.config.state_std * scale if self.config.initial_state_mode == "random" else 0.0
-        return truncated_normal(seed, positions, self.config.n_embd, std).to(self.dtype)
-
-    def prelude(self, tokens: Tensor, at=None) -> Tensor:
-        """P: tokens (B, T) int64 -> e (B, T, d)."""
-        e = self.transformer.wte(tokens)  # (B, T, d)
-        return run(self.transformer.prelude, e, at or self.whole(e), "prelude")
+        random = self.config.initial_state_mode == "random"
+        if not random and scale not in (0, 1):
+            raise ValueError(f"init_scale is {shown(scale)}; this model's state starts as its token's embedding")
+        return RecurrentDepthLM.initial_state(self, positions, seed, scale if random else 0)
 
     def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:
         """R: one recurrence step, state and embedding (B, T, d) each -> (B, T, d)."""

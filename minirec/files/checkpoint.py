@@ -36,17 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minirec.config import RecurrentConfig
-from minirec.files.huginn import (
-    ARCHITECTURE,
-    DERIVED,
-    EMBEDDING,
-    HEAD,
-    config_of,
-    generation_of,
-    official_config,
-    stop_tokens_of,
-)
+from minirec.families import model_of
+from minirec.files.huginn import HEAD, generation_of, stop_tokens_of
 from minirec.files.json_files import read_json
+from minirec.files.layouts import LAYOUTS, holds, layout_of
 from minirec.files.machine import free_memory, is_out_of_memory, one_line, readable
 from minirec.files.writing import as_json, blaming, is_left_over, publish, saving, write_json, write_whole  # noqa: F401
 from minirec.recurrent_block import RecurrentDepthLM, rope_table
@@ -120,7 +113,7 @@ def _load(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -
     config = read_config(folder)
     stored = read_headers(folder, config)
     if config.tie_embeddings and HEAD in stored:
-        _check_tied(stored)
+        _check_tied(stored, LAYOUTS[type(config)].embedding)
     generation = _read_generation(folder, config)
     model = _shape_of(config)
     formats = {n: dtype or NUMBER_FORMATS[stored[n].dtype] for n, _ in model.named_parameters()}  # without a tied head
@@ -143,7 +136,7 @@ def _load(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -
             raise
         raise too_large from None
     if config.tie_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
+        model.lm_head.weight = model.embedding.weight
     model.generation_config = generation
     return model.eval()
 
@@ -167,15 +160,15 @@ def check_finite(what: str, value: Tensor) -> None:
         raise ValueError(f"{what} holds NaN or infinities ({str(value.dtype).removeprefix('torch.')})")
 
 
-def _check_tied(stored: dict[str, Stored]) -> None:
+def _check_tied(stored: dict[str, Stored], embedding: str) -> None:
     """A head beside a tied embedding has to be the embedding, or loading would lose it."""
-    same = stored[HEAD][1:] == stored[EMBEDDING][1:]
+    same = stored[HEAD][1:] == stored[embedding][1:]
     if same:
-        with opened(stored[EMBEDDING].file) as f, opened(stored[HEAD].file) as g:
-            same = torch.equal(f.get_tensor(EMBEDDING), g.get_tensor(HEAD))
+        with opened(stored[embedding].file) as f, opened(stored[HEAD].file) as g:
+            same = torch.equal(f.get_tensor(embedding), g.get_tensor(HEAD))
     if not same:
         raise ValueError(
-            f"{stored[HEAD].file}: {HEAD} differs from {EMBEDDING}, but {CONFIG} says tie_embeddings true: one is wrong"
+            f"{stored[HEAD].file}: {HEAD} differs from {embedding}, but {CONFIG} says tie_embeddings true: one is wrong"
         )
 
 
@@ -189,7 +182,7 @@ def _too_large(folder: Path, needed: int, dtype: torch.dtype, device, free: int 
 def _shape_of(config: RecurrentConfig) -> RecurrentDepthLM:
     """A model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
-        return RecurrentDepthLM(config)
+        return model_of(config)
 
 
 def _put(model: RecurrentDepthLM, name: str, value: Tensor) -> None:
@@ -228,7 +221,7 @@ def save(model: RecurrentDepthLM, folder: str | Path, *, max_shard_size: str = "
     if split.is_sharded and any((folder / file).exists() for file in names):
         number = secrets.token_hex(4)
         names = {file: file.replace("model-", f"model-{number}-") for file in names}
-    files = {CONFIG: as_json(official_config(config, model.dtype))}
+    files = {CONFIG: as_json(LAYOUTS[type(config)].official_config(config, model.dtype))}
     if generation:
         files[GENERATION] = as_json(generation)
     if split.is_sharded:
@@ -293,9 +286,11 @@ def make_random(
     or none.
     """
     folder, model = Path(folder).resolve(), _shape_of(config)
-    table = torch.view_as_real(rope_table(torch.arange(config.block_size), config.head_dim, config.rope_base))
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    shapes |= {"lm_head.weight": model.lm_head.weight.shape, "freqs_cis": torch.Size((1, *table.squeeze(1).shape))}
+    layout = LAYOUTS[type(config)]
+    shapes = {name: p.shape for name, p in model.named_parameters()} | {HEAD: model.lm_head.weight.shape}
+    if layout.derived:
+        table = torch.view_as_real(rope_table(torch.arange(config.block_size), config.head_dim, config.rope_base))
+        shapes["freqs_cis"] = torch.Size((1, *table.squeeze(1).shape))
     if not 1 <= shards <= len(shapes):
         raise ValueError(f"shards is {shards}; it must be from 1 to {len(shapes)}, the number of tensors")
     if folder.exists() and (not folder.is_dir() or any(not is_left_over(p) for p in folder.iterdir())):
@@ -310,8 +305,8 @@ def make_random(
     def value(name: str) -> Tensor:
         if name == "freqs_cis":
             return table.squeeze(1)[None]  # (1, T, 1, c/2, 2)
-        if name == "lm_head.weight" and config.tie_embeddings:
-            name = "transformer.wte.weight"
+        if name == HEAD and config.tie_embeddings:
+            name = layout.embedding
         torch.manual_seed((seed << 16) + list(shapes).index(name))
         random = torch.empty(shapes[name])
         for rows in random.split(max(1, 2**22 // random[0].numel())):  # in pieces: a draw takes several copies
@@ -331,7 +326,7 @@ def make_random(
         if shards > 1:
             where = {name: file for file, names in files.items() for name in names}
             write(INDEX, as_json({"metadata": {"total_size": size}, "weight_map": where}))
-        write(CONFIG, as_json(official_config(config, dtype) | note))
+        write(CONFIG, as_json(layout.official_config(config, dtype) | note))
         if generation:
             write(GENERATION, as_json(generation))
 
@@ -355,12 +350,8 @@ def read_config(folder: Path) -> RecurrentConfig:
     """Read config.json; a ValueError says what was found where it is of another architecture."""
     path = folder / CONFIG
     values = read_json(path)
-    if values.get("model_type") != ARCHITECTURE["model_type"]:
-        found = f"model_type is {one_line(repr(values.get('model_type')))}{_first_tensors(folder)}"
-        supported = f"{ARCHITECTURE['model_type']!r} (Huginn-0125 and models of its architecture)"
-        raise ValueError(f"{path}: {found}; minirec loads {supported}")
     try:
-        return config_of(values)
+        return layout_of(values, _tensors(folder)).config_of(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -409,7 +400,9 @@ def read_headers(folder: Path, config: RecurrentConfig) -> dict[str, Stored]:
         files = [folder / WEIGHTS]
         if not files[0].exists():
             pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-            hint = f"; {one_line(pickles[0])} is a pickle, which minirec does not open" if pickles else ""
+            hint = (
+                f"; {one_line(pickles[0])} is a pickle; `minirec convert` rewrites it as safetensors" if pickles else ""
+            )
             raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {INDEX}{hint}")
     stored: dict[str, Stored] = {}
     for file in files:
@@ -423,11 +416,11 @@ def read_headers(folder: Path, config: RecurrentConfig) -> dict[str, Stored]:
         if name not in stored or stored[name].file != folder / file:
             raise ValueError(f"{index} says that {one_line(name)} is in {file}, where it is not")
     expected = {name: tuple(p.shape) for name, p in _shape_of(config).named_parameters()}  # a tied head is not in it
-    derived = DERIVED | ({HEAD} if config.tie_embeddings else set())
+    derived = LAYOUTS[type(config)].derived | ({HEAD} if config.tie_embeddings else set())
     named = files[0] if listed is None else index
     if missing := sorted(expected.keys() - stored.keys()):
         raise ValueError(
-            f"{named}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are){_first_tensors(folder)}"
+            f"{named}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are){holds(stored)}"
         )
     if extra := sorted(stored.keys() - expected.keys() - derived):
         raise ValueError(f"{named}: tensor {one_line(extra[0])} is not of this architecture ({len(extra)} are not)")
@@ -440,8 +433,8 @@ def read_headers(folder: Path, config: RecurrentConfig) -> dict[str, Stored]:
     return stored
 
 
-def _first_tensors(folder: Path) -> str:
-    """What a checkpoint of something else holds, as a part of a message; nothing if that cannot be seen."""
+def _tensors(folder: Path) -> list[str]:
+    """The names of a checkpoint's tensors; none where they cannot be seen."""
     names: list[str] = []
     try:
         if (folder / INDEX).exists():
@@ -452,12 +445,12 @@ def _first_tensors(folder: Path) -> str:
                 names = list(f.keys())
     except (ValueError, OSError):
         pass
-    return f"; it holds {len(names)} tensors: {', '.join(map(one_line, names[:3]))}, ..." if names else ""
+    return names
 
 
 @contextmanager
 def opened(file: Path) -> Iterator:
-    """A safetensors file to read from; one that is broken or foreign is a ValueError that names it."""
+    """A safetensors file to read from; raises ValueError naming one that is broken or foreign."""
     with blaming(file):  # a file that is not there, or may not be read, is an OSError
         if not file.is_dir():
             open(file, "rb").close()

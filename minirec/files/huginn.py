@@ -70,7 +70,7 @@ def config_of(values: dict) -> RecurrentConfig:
         if values.get(key, value) != value:
             raise ValueError(f"{key} is {one_line(repr(values[key]))}; minirec supports {value!r}")
     check_fields(values, FIELDS)
-    check_fields(values, _tokens(values))
+    check_fields(values, token_fields(values))
     config = RecurrentConfig.from_dict(values | {"eos_token_id": next(iter(stop_tokens_of(values)), None)})
     scales = values.get("init_values")
     for key, value in {"std": config.init_std, "embed_scale": math.sqrt(config.n_embd)}.items():
@@ -88,7 +88,7 @@ def stop_tokens_of(values: dict) -> list[int]:
 
 def generation_of(values: dict, config: RecurrentConfig) -> dict:
     """What generation_config.json says, without samplers' settings that are null; ValueError naming the key."""
-    check_fields(values, _tokens(config.to_dict()))
+    check_fields(values, token_fields(config.to_dict()))
     kept = dict(values)
     for sampler, fields in SAMPLERS.items():
         settings = values.get(sampler)
@@ -102,7 +102,7 @@ def generation_of(values: dict, config: RecurrentConfig) -> dict:
     return kept
 
 
-def _tokens(values: dict) -> dict:
+def token_fields(values: dict) -> dict:
     """The fields of the token ids of a vocabulary."""
     rows = values.get("padded_vocab_size") or values.get("vocab_size") or RecurrentConfig.vocab_size
     one = Count(0, rows - 1)

@@ -83,7 +83,7 @@ class MinirecLM(TemplateLM):
     sampler, or of the engine and its requests.  A task may set them too, by its `generation_kwargs`; `--gen_kwargs` on
     the command line is the same.
 
-    A bad argument is a ValueError that names it.
+    Raises ValueError naming a bad argument.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class MinirecLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int | None:
-        """What stands before a text that has nothing before it: the begin token, or the end token if there is none."""
+        """What precedes a text that has nothing before it: the begin token, or the end token if there is none."""
         begin = self.model.config.bos_token_id
         return self.eot_token_id if begin is None else begin
 

@@ -10,12 +10,13 @@ import torch
 from tokenizers import Tokenizer
 
 from minirec import tasks
-from minirec.config import PRESETS, RecurrentConfig
+from minirec.config import RecurrentConfig
+from minirec.families import model_of
+from minirec.families.presets import PRESETS, preset
 from minirec.files import checkpoint, machine
 from minirec.files.machine import readable
 from minirec.files.tokenizer import read_tokenizer
 from minirec.kv_cache import bytes_per_token
-from minirec.recurrent_block import RecurrentDepthLM
 from minirec.tools.cli.options import (
     ABSENT,
     MODEL,
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
     """Print what the arguments ask for."""
     check_effect(args, NEEDS)
     if "preset" in args:
-        _describe(args.preset, RecurrentConfig.preset(args.preset), None)
-        _say_what_fits(RecurrentConfig.preset(args.preset), args)
+        _describe(args.preset, preset(args.preset), None)
+        _say_what_fits(preset(args.preset), args)
         return
     folder = checkpoint.locate(args.model, **given(args, "revision"), weights=False)
     if "words" in args:
@@ -102,7 +103,7 @@ def _describe(name: str, config: RecurrentConfig, folder: Path | None) -> None:
     layers = config.n_layers_in_prelude, config.n_layers_in_recurrent_block, config.n_layers_in_coda
     show(f"""{name}
   layers           prelude {layers[0]}, recurrent block {layers[1]}, coda {layers[2]}
-  width            {config.n_embd} in {config.n_heads} heads, MLP {config.intermediate_size}
+  width            {config.n_embd} in {_heads(config)}, MLP {config.intermediate_size}
   vocabulary       {config.vocab_size} tokens ({config.padded_vocab_size} rows)
   context          {config.block_size} tokens
   default depth    {config.mean_recurrence} recurrence steps: {config.effective_depth} layers deep
@@ -143,6 +144,11 @@ def _memories(args: argparse.Namespace) -> dict[str, int]:
     return found
 
 
+def _heads(config: RecurrentConfig) -> str:
+    kv = f" ({config.n_kv_heads} of keys and values)" if config.n_kv_heads != config.n_heads else ""
+    return f"{config.n_heads} heads{kv}"
+
+
 def _parameters(config: RecurrentConfig) -> int:
     with torch.device("meta"):  # shapes without memory
-        return sum(p.numel() for p in RecurrentDepthLM(config).parameters())
+        return sum(p.numel() for p in model_of(config).parameters())

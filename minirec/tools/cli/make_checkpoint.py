@@ -1,4 +1,4 @@
-"""`minirec make-checkpoint`: random weights in the layout of the published checkpoint, for tests and timing."""
+"""`minirec make-checkpoint`: random weights in the layout of a published checkpoint, for tests and timing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minirec.config import PRESETS, RecurrentConfig
+from minirec.families.presets import PRESETS, preset
 from minirec.files import checkpoint
 from minirec.files.machine import readable
 from minirec.files.tokenizer import HUGINN_TEMPLATE, huginn_special_ids, stand_in_tokenizer
@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
         commands,
         run,
         "make-checkpoint",
-        "write random weights in the layout of the published checkpoint, for tests and timing",
+        "write random weights in the layout of a published checkpoint, for tests and timing",
         "--preset huginn_3_5b --shards 4 runs/random",
         [
             Option("--shards", count, 1, "files to cut the weights into"),
@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the checkpoint, with a tokenizer that turns any token into text."""
-    config = RecurrentConfig.preset(args.preset)
+    config = preset(args.preset)
     if args.preset == "tiny":  # has fewer tokens than there are bytes
         tokenizer, stop = task_tokenizer(), [END]
     else:

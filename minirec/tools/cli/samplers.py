@@ -51,7 +51,12 @@ DEPTH = [  # also of `demo`, which runs several samplers
 ]
 DECODING = [
     Option("--sampler", list(SAMPLERS), "diffusion", "how to decode"),
-    Option("--criterion", list(adaptive_exit.CRITERIA), ABSENT, "adaptive: exit criterion (default: latent-diff)"),
+    Option(
+        "--criterion",
+        [*adaptive_exit.CRITERIA, adaptive_exit.GATE],
+        ABSENT,
+        "adaptive: exit criterion (default: latent-diff)",
+    ),
     Option("--threshold", real, ABSENT, "adaptive: exit below this value (default: the criterion's)"),
     Option("--draft-steps", count, ABSENT, "speculative: depth of a draft (default: 4)"),
     Option("--lookahead", count, ABSENT, "speculative: tokens per draft (default: 4)"),
