@@ -26,6 +26,7 @@ ROOMS = set().union(*FLOORS)
 # (module, what it imports inside a function) -> why
 LAZY = {
     ("minirec.tools.cli.demo", "minirec.figures"): "only a command that draws a picture waits for matplotlib",
+    ("minirec.tools.cli.demo", "minirec.figures.player"): "likewise",
     ("minirec.tools.cli.serve", "minirec.tools.serve.process"): "needs the extra serve",
 }
 
