@@ -28,12 +28,12 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx
 root_doc = "README"
 COURSE = ["notebooks/README", *sorted(f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb"))]
 COURSE += [f"notebooks/assignments/{path.stem}" for path in ROOT.glob("notebooks/assignments/README.md")]
-MEASURED = [f"docs/{page}" for page in ("correctness", "depth", "speed", "other_families", "full_scale")]
+MEASURED = [f"docs/{page}" for page in ("correctness", "depth", "speed", "other_families", "full_scale", "serving")]
 MEASURED += ["benchmarks/README"]
 PACKAGE = [f"docs/{page}" for page in ("model", "families", "samplers", "training", "figures", "files", "internals")]
 RESULTS = sorted(f"benchmarks/results/{path.stem}" for path in ROOT.glob("benchmarks/results/*.md"))
-GOLDEN = [f"tests/golden/{page}" for page in ("README", "families/README", "QUIRKS")]
-MORE = ["minirec/assets/tiny/README", *GOLDEN, "CONTRIBUTING", "CHANGELOG"]
+MORE = ["minirec/assets/tiny/README", "tests/golden/README", "tests/golden/families/README", "tests/golden/QUIRKS"]
+MORE += ["CONTRIBUTING", "CHANGELOG"]
 TITLES = {  # of pages of results, which are stored as they were printed
     "batching": "Batching engine",
     "batching_deeper": "Batching engine at r = 32",

@@ -18,6 +18,7 @@ code of its own.  Notebook: 06_diffusion_forcing.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -38,12 +39,20 @@ from minirec.token_choice import TokenChoice
 
 @dataclass
 class OuterStep:
-    """One outer step as the plots draw it: the window's first position and, after the step, its cells."""
+    """One outer step as the figures draw it: the window's first position and, after the step, its cells.
+
+    A cell whose depth is not larger in the next step was restarted, or had exited.  The last two fields are not
+    compared: a row of a batch waits for the others, and has its tokens and depths alone.
+    """
 
     start: int
     depths: list[int]  # recurrence steps that each cell has had
     guesses: list[int]  # the token that each cell now predicts for the position after it
     frozen: int  # length of the frozen prefix, prompt included
+    drafts: list[int] = field(default_factory=list)  # speculation: what each cell predicted in its draft,
+    draft_steps: int = 0  # after so many recurrence steps
+    passes: int = field(default=0, compare=False)  # of the recurrent block, since the start; of the whole batch
+    seconds: float = field(default=0.0, compare=False)  # likewise; on a GPU when the host knew the guesses
 
 
 @dataclass
@@ -206,6 +215,7 @@ class Grid:
         self.generations = [Generation(trace=[] if o.trace else None) for _ in prompts]
         self.finished = [False] * len(prompts)
         self.passes = self.row_steps = self.decodes = 0
+        self.started = time.perf_counter()
         self.fast_path = FastPath(self.cache, self.rope) if o.fast else None
 
     def window(self, starts: list[int], width: int) -> Window:
@@ -321,11 +331,12 @@ class Grid:
             go_on = self.options.on_token(token) if self.single else self.options.on_token(token, row)
             self.finished[row] |= go_on is False
 
-    def record(self, row: int, start: int, depths: list[int], guesses: list[int]) -> None:
-        """Note a finished outer step of a row for the figures, if a trace was requested."""
+    def record(self, row: int, start: int, depths: list[int], guesses: list[int], **drafted) -> None:
+        """Note a finished outer step of a row, if a trace was requested; drafted: its `drafts` and `draft_steps`."""
         trace = self.generations[row].trace
         if trace is not None:
-            trace.append(OuterStep(start, depths, guesses, frozen=self.next_position(row) + 1))
+            frozen, seconds = self.next_position(row) + 1, time.perf_counter() - self.started
+            trace.append(OuterStep(start, depths, guesses, frozen, **drafted, passes=self.passes, seconds=seconds))
 
     def next_position(self, row: int) -> int:
         """The position of the last final token of a row: the one whose state predicts the next."""

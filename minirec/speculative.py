@@ -95,14 +95,15 @@ def generate(
             p = logits.softmax(-1)  # (B, W, V)
             right |= p.gather(-1, drafts[..., None])[..., 0] >= accept * p.amax(-1)
         tokens = torch.where(right, drafts, guesses)
+        done = torch.stack([tokens, right, drafts], dim=1)  # (B, 3, W); drafts may be a view of what is written next
         grid.place(at, tokens)  # behind a wrong draft they are overwritten before anything reads them
 
-        for row, (row_tokens, passed) in enumerate(torch.stack([tokens, right], dim=1).tolist()):
+        for row, (row_tokens, passed, drafted) in enumerate(done.tolist()):
             if grid.finished[row]:
                 continue
             kept = [*passed, 0].index(0) + 1  # the drafts before the first wrong one, and its correction
             for token in row_tokens[:kept]:
                 if not grid.finished[row]:
                     grid.commit(row, token, r)
-            grid.record(row, starts[row], [r] * width, row_tokens)
+            grid.record(row, starts[row], [r] * width, row_tokens, drafts=drafted, draft_steps=draft_steps)
     return grid.results()

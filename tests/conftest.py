@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import functools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,20 @@ def torchrun():
         return subprocess.CompletedProcess(process.args, process.returncode, *printed)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by playwright; skips the test where either is missing."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium here")
+    with playwright.sync_playwright() as started:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        chromium = started.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,24 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium here", allow_module_level=True)
-
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MINUTES = 20  # for one notebook, on a machine that does other things too
-
-
-@pytest.fixture(scope="module")
-def browser():
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +36,7 @@ FORMULAS = "[...document.querySelectorAll('.math')].map(f => f.querySelector('ma
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_page_of_the_site_draws_its_figures_and_its_equations(site, browser, path):
+def test_a_page_of_the_site_draws_its_figures_and_its_equations(browser, site, path):
     notebook = nbformat.read(path, as_version=4)
     stored = [kind for c in notebook.cells for o in c.get("outputs", ()) for kind in o.get("data", ())]
     figures = sum(kind.startswith("image/") for kind in stored)
@@ -73,7 +58,7 @@ def test_a_page_of_the_site_draws_its_figures_and_its_equations(site, browser, p
     assert wrong == []
 
 
-def test_the_first_page_of_the_site_leads_to_every_notebook(site, browser):
+def test_the_first_page_of_the_site_leads_to_every_notebook(browser, site):
     page = browser.new_page()
     page.goto((site / "index.html").as_uri())
     page.get_by_text("Open the first notebook").click()
@@ -109,7 +94,7 @@ PAGES += ["docs/model", "docs/figures", "benchmarks/README", "benchmarks/results
 
 
 @pytest.mark.parametrize("width", [360, 768, 1000, 1280, 1320, 1440, 1536, 1920])
-def test_the_contents_are_whole_at_every_width(site, browser, width):
+def test_the_contents_are_whole_at_every_width(browser, site, width):
     page = browser.new_page(viewport={"width": width, "height": 900})
     found = {}
     for name in PAGES:
@@ -161,7 +146,7 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_newcomer_opens_a_notebook_and_runs_all_cells(lab, browser, path):
+def test_a_newcomer_opens_a_notebook_and_runs_all_cells(browser, lab, path):
     address, folder = lab
     page = browser.new_page()
     page.set_default_timeout(60_000 * MINUTES)

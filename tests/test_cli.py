@@ -151,9 +151,12 @@ def test_demo_speed_up_compares_tokens_per_second(capsys):
 
 
 def test_demo_passes_its_options_on(minirec_, tmp_path, calls):
-    out = tmp_path / "w.png"
+    out, page = tmp_path / "w.png", tmp_path / "w.html"
     args = "--problems 1 --num-steps 6 --inner-steps 2 --exit-threshold 0.1 --guess-after 3".split()
-    assert minirec_("demo", *args, "--out", out)[0] == 0
+    code, said, _ = minirec_("demo", *args, "--out", out, "--html", page)
+    assert code == 0 and str(page) in said
+    played = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
+    assert [lane["name"] for lane in played["lanes"]] == list(demo.WATCHED) and len(played["palette"]) == 6
     assert {name for name, *_ in calls} == {"autoregressive", "lossless", "diffusion", "adaptive"}
     own = {"diffusion": {"inner_steps": 2, "exit_threshold": 0.1}, "lossless": {"guess_after": 3}}
     for name, _, _, options in calls:
@@ -641,7 +644,7 @@ def test_info_default_is_the_shipped_model(minirec_):
 @pytest.mark.parametrize(
     "command, options",
     [
-        ("demo", "problems seed threads model out inner-steps exit-threshold guess-after num-steps"),
+        ("demo", "problems seed threads model out html inner-steps exit-threshold guess-after num-steps"),
         (
             "generate",
             "model sampler criterion threshold draft-steps lookahead guess-after "
@@ -661,6 +664,11 @@ def test_info_default_is_the_shipped_model(minirec_):
         ),
         ("make-checkpoint", "preset shards dtype seed"),
         ("info", "preset revision device memory words"),
+        (
+            "serve",
+            "host port api-key name mode slots queue max-length num-steps guess-after max-prompt-tokens max-tokens "
+            "max-body max-seconds revision dtype device threads",
+        ),
     ],
 )
 def test_help_explains_every_option_and_gives_an_example(capsys, command, options):
@@ -697,7 +705,7 @@ def commands():
 
 
 def test_examples_of_the_help_are_commands():
-    assert set(commands()) >= {"demo", "generate", "chat", "train", "make-checkpoint", "info"}
+    assert set(commands()) >= {"demo", "generate", "chat", "train", "make-checkpoint", "info", "serve"}
     for name, command in commands().items():
         example = shlex.split(command.epilog.split("\n")[1])
         assert example[:2] == ["minirec", name]
@@ -763,6 +771,9 @@ def assert_one_error(result, *words):
         ("demo --out EMPTY/nowhere/w.png", "cannot write"),
         ("demo --out EMPTY", ".png"),
         ("demo --out w.pdf", ".png"),
+        ("demo --html FILE/w.html", "cannot write"),
+        ("demo --html EMPTY", ".html"),
+        ("demo --html w.png", ".html"),
         ("train", "--out"),
         ("train --out FILE", "cannot write"),
         ("train --out FILE/run", "FILE/run"),

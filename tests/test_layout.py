@@ -24,7 +24,11 @@ FLOORS = [
 ROOMS = set().union(*FLOORS)
 
 # (module, what it imports inside a function) -> why
-LAZY = {("minirec.tools.cli.demo", "minirec.figures"): "only a command that draws a picture waits for matplotlib"}
+LAZY = {
+    ("minirec.tools.cli.demo", "minirec.figures"): "only a command that draws a picture waits for matplotlib",
+    ("minirec.tools.cli.demo", "minirec.figures.player"): "likewise",
+    ("minirec.tools.cli.serve", "minirec.tools.serve.process"): "needs the extra serve",
+}
 
 
 def modules(root: Path) -> dict[str, Path]:

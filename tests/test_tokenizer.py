@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, processors
 
 from minirec import RecurrentConfig
 from minirec.files import checkpoint, tokenizer
@@ -23,6 +23,7 @@ from minirec.files.machine import one_line, printable
 from minirec.files.tokenizer import (
     HUGINN_TEMPLATE,
     ChatTemplate,
+    Detokenizer,
     huginn_special_ids,
     read_tokenizer,
     stand_in_tokenizer,
@@ -129,6 +130,50 @@ def test_every_prefix_can_be_decoded():
         assert now.startswith(shown)
         shown = now
     assert shown == text
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """In the layout of Llama's: words with a sign for the space, and bytes for what is no word."""
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁a", "b", "é"]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    made.add_special_tokens(["<s>"])
+    return made
+
+
+STREAMED = {"bytes": stand_in_tokenizer(300), "byte fallback": byte_fallback_tokenizer(), "tasks": task_tokenizer()}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+@given(data=st.data())
+def test_streamed_text_is_the_whole_text_and_no_piece_is_taken_back(name, data):
+    made = STREAMED[name]
+    euro = [[i for i in (made.encode("€").ids) if i < 300]]  # three tokens of one character, but for the tasks
+    one = st.lists(st.integers(0, made.get_vocab_size() - 1), max_size=3) | st.sampled_from(euro)
+    ids = [i for part in data.draw(st.lists(one, max_size=60)) for i in part]
+    stream, shown, whole = Detokenizer(made), "", made.decode(ids)
+    for token in ids:
+        shown += stream.add(token)
+        assert whole.startswith(shown)
+    assert shown + stream.end() == whole
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_long_text_is_streamed_like_a_short_one(name):
+    """Past the tokens that are decoded again."""
+    made, rng = STREAMED[name], Random(0)
+    for _ in range(20):
+        ids = [rng.randrange(made.get_vocab_size()) for _ in range(500)]
+        stream = Detokenizer(made)
+        shown = "".join(map(stream.add, ids)) + stream.end()
+        assert shown == made.decode(ids)
+
+
+def test_a_character_comes_with_its_last_byte():
+    made = STREAMED["bytes"]
+    stream = Detokenizer(made)
+    assert [stream.add(i) for i in made.encode("a€b").ids] == ["a", "", "", "€", "b"]
 
 
 def test_an_unknown_word_is_padding():

@@ -19,7 +19,8 @@ from minirec.figures.ink import BLUE, VERMILION, depth_colours, plain, readable_
 IN_A_CELL = 9  # letters that a cell has room for
 
 
-def _deepest(generation) -> int:
+def deepest_cell(generation) -> int:
+    """The most recurrence steps in a trace; ValueError for a generation without one."""
     if generation.trace is None:
         raise ValueError("generation.trace is None; generate with trace=True")
     if not generation.trace:
@@ -29,7 +30,7 @@ def _deepest(generation) -> int:
 
 def _draw_cells(ax: Axes, generation, prompt_length: int, steps: range, tokenizer=None) -> None:
     """Some outer steps as coloured cells over hatched frozen tokens; words inside with a tokenizer."""
-    cmap, norm = depth_colours(_deepest(generation))
+    cmap, norm = depth_colours(deepest_cell(generation))
     new = generation.tokens
     edge = []
     for y in steps:
@@ -60,7 +61,7 @@ def wavefront(generation, prompt_length: int, tokenizer=None, ax: Axes | None = 
     a few outer steps around the first corrected guess are drawn large, with the guesses as words.  Drawn for a width
     of 12 inches.
     """
-    deepest, new = _deepest(generation), generation.tokens
+    deepest, new = deepest_cell(generation), generation.tokens
     if ax is None:
         _, ax = plt.subplots(figsize=(12, 6.6), layout="constrained")
     _draw_cells(ax, generation, prompt_length, range(len(generation.trace)))
@@ -124,7 +125,7 @@ def wavefront(generation, prompt_length: int, tokenizer=None, ax: Axes | None = 
 
 def _draw_columns(ax: Axes, generation, prompt_length: int, step: int, width: int, tokenizer=None) -> None:
     """The position x depth grid from the side, after `step` outer steps: one column of cells per token."""
-    top = max(generation.depth[0], _deepest(generation))
+    top = max(generation.depth[0], deepest_cell(generation))
     cmap, norm = depth_colours(top)
     depths, words = {0: generation.depth[0]}, {0: generation.tokens[0]}
     frozen = 1  # the prefill has given the first token
@@ -150,6 +151,17 @@ def _draw_columns(ax: Axes, generation, prompt_length: int, step: int, width: in
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def draw_race(figure, generations: Mapping, prompt_length: int, steps, width: int, tokenizer=None) -> None:
+    """Samplers on the grid from the side, one panel each, after so many outer steps of each; `width` tokens wide."""
+    figure.clear()
+    axes = figure.subplots(len(generations), squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.03, top=1 - 0.13 / len(generations), hspace=0.2)
+    for ax, step, (title, generation) in zip(axes, steps, generations.items(), strict=True):
+        _draw_columns(ax, generation, prompt_length, step, width, tokenizer)
+        final = generation.trace[step - 1].frozen - prompt_length if step else 1
+        ax.set_title(f"{plain(title)}: outer steps {step}, final tokens {final}", fontsize=9, loc="left")
+
+
 def wavefront_animation(generations: Mapping, prompt_length: int, tokenizer=None, frames: int = 32) -> bytes:
     """A GIF of samplers that race over the position x depth grid, one panel each; a frame is one outer step.
 
@@ -162,16 +174,10 @@ def wavefront_animation(generations: Mapping, prompt_length: int, tokenizer=None
     width = frames - 3  # with one new position an outer step, the last frames are at the right edge
     fig = Figure(figsize=(9, 1.9 * len(generations)), dpi=76)
     canvas = FigureCanvasAgg(fig)
-    axes = fig.subplots(len(generations), squeeze=False)[:, 0]
-    fig.subplots_adjust(left=0.06, right=0.99, bottom=0.03, top=1 - 0.13 / len(generations), hspace=0.2)
     images = []
     for frame in range(frames + 1):
-        for ax, (title, generation) in zip(axes, generations.items(), strict=True):
-            ax.clear()
-            step = min(frame, len(generation.trace))
-            _draw_columns(ax, generation, prompt_length, step, width, tokenizer)
-            final = generation.trace[step - 1].frozen - prompt_length if step else 1
-            ax.set_title(f"{plain(title)}: after {step} outer steps, {final} tokens are final", fontsize=9, loc="left")
+        steps = [min(frame, len(generation.trace)) for generation in generations.values()]
+        draw_race(fig, generations, prompt_length, steps, width, tokenizer)
         canvas.draw()
         images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(48))
     gif = io.BytesIO()
@@ -237,7 +243,7 @@ def unmasking_and_wavefront(passes: Sequence, generation, prompt_length: int, to
         ax.tick_params(length=0, labelsize=8)
     axes[0].set_title("masked diffusion: tokens are uncovered where they are sure", fontsize=10)
     axes[1].set_title("diffusion forcing: states refined along a diagonal", fontsize=10)
-    cmap, norm = depth_colours(_deepest(generation))
+    cmap, norm = depth_colours(deepest_cell(generation))
     left = plt.cm.ScalarMappable(Normalize(0, 1), "viridis_r")
     fig.colorbar(left, ax=axes[0], fraction=0.02, pad=0.01, label="probability of the guess")
     bar = fig.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=axes[1], fraction=0.04, pad=0.01)

@@ -21,18 +21,22 @@ def readable_on(colour) -> str:
     return "black" if np.dot(colour[:3], (0.3, 0.6, 0.1)) > 0.55 else "white"
 
 
-def plain(text, most: int | None = None) -> str:
-    """Text from outside (a token, a label, a title) such that matplotlib draws its letters and nothing else.
+def visible(text, most: int | None = None) -> str:
+    """Text from outside (a token, a label, a title) such that every character of it can be seen.
 
-    Dollar signs are escaped, so that no part is read as mathematics.  What cannot be drawn (control characters, lone
-    surrogates) is written as its escape; line breaks stay where `most` is None.  Longer than `most` ends in "…".
+    What cannot be drawn (control characters, lone surrogates) is written as its escape; line breaks stay where `most`
+    is None.  Longer than `most` ends in "…".
     """
     text = str(text)
     if most is not None and len(text) > most:
         text = text[: most - 1] + "…"
     keep = "" if most else "\n"
-    text = "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
-    return text.replace("$", r"\$")
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain(text, most: int | None = None) -> str:
+    """`visible` text of which matplotlib draws the letters and nothing else: no part is read as mathematics."""
+    return visible(text, most).replace("$", r"\$")
 
 
 def word(text: str, most: int = LONGEST) -> str:

@@ -27,6 +27,7 @@ HUGINN_SPECIAL = ["begin_text", "end_text", "begin_header", "end_header", "end_t
 LARGEST_TEMPLATE = 2**20  # characters; published ones have thousands
 TEMPLATE_LIMITS = {"seconds": 2, "memory": 2**30}  # for each text; macOS has no limit of memory
 TOKENIZER_LIMITS = {"seconds": 30, "memory": 2**32}
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # one byte of a character that is not in the vocabulary
 SPECIAL_TOKEN = re.compile(r"(?!add_)\w+_token")  # its key in tokenizer_config.json
 HUGINN_TEMPLATE = """\
 {{ bos_token }}
@@ -83,6 +84,46 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+class Detokenizer:
+    """Tokens in, one by one; text out, as soon as no later token can change it.
+
+    What `add` has returned so far, and then `end`, is together what the tokenizer makes of all tokens at once.  The
+    last character waits while it may be half of one, and a run of byte tokens waits for its end: it is text only as a
+    whole.  Only the latest tokens are decoded again, so a text of n tokens takes time in proportion to n.
+    """
+
+    LONGEST, KEPT = 64, 16  # tokens that are decoded again, and how many stay when there are more
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._recent: list[int] = []
+        self._given = 0  # characters of their text that have been returned
+
+    def add(self, token: int) -> str:
+        """The text that has become certain with this token; it may be empty."""
+        piece = self.tokenizer.id_to_token(token)
+        if piece is None or token in self._special:  # no text, and no end of a run of bytes
+            return ""
+        self._recent.append(token)
+        if BYTE_TOKEN.fullmatch(piece):
+            return ""
+        text = self.tokenizer.decode(self._recent)
+        certain = max(self._given, len(text) - text.endswith("\N{REPLACEMENT CHARACTER}"))
+        new, self._given = text[self._given : certain], certain
+        if len(self._recent) > self.LONGEST and certain == len(text):
+            kept = self._recent[-self.KEPT :]
+            if (again := self.tokenizer.decode(kept)).strip():  # a decoder may treat the first word differently
+                self._recent, self._given = kept, len(again)
+        return new
+
+    def end(self) -> str:
+        """The rest, after the last token."""
+        text = self.tokenizer.decode(self._recent)
+        new, self._given = text[self._given :], len(text)
+        return new
 
 
 class ChatTemplate:

@@ -1,4 +1,4 @@
-"""The command line: `minirec demo`, `generate`, `chat`, `train`, `make-checkpoint`, `convert` and `info`.
+"""The command line: `minirec demo`, `generate`, `chat`, `train`, `make-checkpoint`, `convert`, `info` and `serve`.
 
 One file per command.  Each has `add_parser(commands)`, which describes the command and its options, and
 `run(args)`, which calls the package and prints.  A new command is a new file and its name in `COMMANDS`.
@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 
 import minirec
-from minirec.tools.cli import chat, convert, demo, generate, info, make_checkpoint, train
+from minirec.tools.cli import chat, convert, demo, generate, info, make_checkpoint, serve, train
 from minirec.tools.cli.errors import about_input
 from minirec.tools.cli.options import Parser, check_arguments
 from minirec.tools.cli.terminal import complain, discard, finish, open_streams
 
-COMMANDS = (demo, generate, chat, train, make_checkpoint, convert, info)
+COMMANDS = (demo, generate, chat, train, make_checkpoint, convert, info, serve)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,6 +39,7 @@ def add_parser(commands) -> None:
             Option("--problems", whole_number(1, 10_000), 20, "how many problems"),
             Option("--seed", SEED, 0, "which problems"),
             Option("--out", Path, Path("wavefront.png"), "where the picture of a wavefront goes"),
+            Option("--html", Path, None, "where a page goes that plays the samplers on problem 1 (default: none)"),
             Option("--threads", whole_number(1, 1024), 1, "CPU threads; the shipped model is too small to share"),
             *DEPTH,
         ],
@@ -50,6 +51,10 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out is {str(args.out)!r}; the picture is written as .png")
     check_writable(args.out.parent, args.out)
+    if args.html is not None:
+        if args.html.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--html is {str(args.html)!r}; the page is written as .html")
+        check_writable(args.html.parent, args.html)
     folder = checkpoint.locate(args.model)
     tokenizer = read_tokenizer(folder)
     if not knows_the_tasks(tokenizer):
@@ -70,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     threads, r = torch.get_num_threads(), depth.get("num_steps", model.config.mean_recurrence)
     show(f"minirec {minirec.__version__}, torch {torch.__version__}, {cpu_name()}, {threads} thread(s)")
     show(f"model {args.model}: {parameters:,} parameters, {r} recurrence steps deep\n")
+    traced: dict[str, Generation] = {}  # of problem 1
     for number, problem in enumerate(problems[:2], 1):
         show(f"Problem {number}: {problem.text}")
         for title in WATCHED:
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             generation = _solve(model, problem, *columns[title], on_token=text.add, trace=True)
             text.end()
             if number == 1:
-                traced = generation  # of the last sampler: diffusion forcing
+                traced[title] = generation
         show(f"\n(the right answer is {problem.answer})\n")
 
     enough = _smallest_depth(model, r, args.seed + 1)
@@ -92,7 +98,13 @@ def run(args: argparse.Namespace) -> None:
     _print_comparison(problems, runs)
     show(f"plain, r = {enough}: the smallest depth that solves as many of {OTHERS} other problems as r = {r} does")
 
-    _draw(args.out, traced, len(problems[0].prompt), tokenizer)
+    _draw(args.out, traced["diffusion"], len(problems[0].prompt), tokenizer)
+    if args.html is not None:
+        from minirec.figures import player  # here, for the same reason as in _draw
+
+        page = player.html(traced, problems[0].prompt, tokenizer)
+        checkpoint.write_whole(args.html, lambda part: Path(part).write_text(page, encoding="utf-8"))
+        show(f"\n{args.html}: open it in a browser and watch the samplers of problem 1, pass by pass")
     show(f"""
 What to look at next
   {args.out}: the wavefront of problem 1, how many positions were in flight and when each one froze

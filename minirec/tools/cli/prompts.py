@@ -34,11 +34,12 @@ def typed(source: Callable[[], str]) -> str:
     return text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
 
 
-def encode(tokenizer: Tokenizer, text: str, begin: int | None, model: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, begin: int | None, model: str | None) -> list[int]:
     """Ids of a raw prompt, with the begin token first if the model has one.
 
     Special tokens in the text count as such, and a begin token that is typed first is not added again.  ValueError
-    for an empty prompt, a begin token anywhere else, or a word that the tokenizer would lose.
+    for an empty prompt, a begin token anywhere else, or a word that the tokenizer would lose; that one ends with a hint
+    for the command line, unless model, the name it uses, is None.
     """
     _refuse_unknown(tokenizer, text, model)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -52,7 +53,7 @@ def encode(tokenizer: Tokenizer, text: str, begin: int | None, model: str) -> li
     return ids if ids[0] == begin else [begin, *ids]
 
 
-def check_message(tokenizer: Tokenizer, text: str, model: str) -> str:
+def check_message(tokenizer: Tokenizer, text: str, model: str | None) -> str:
     """The text, if it can be a message of a conversation.
 
     ValueError for a word that the tokenizer would lose, and for a special token: the chat template writes those.
@@ -65,7 +66,7 @@ def check_message(tokenizer: Tokenizer, text: str, model: str) -> str:
     return text
 
 
-def _refuse_unknown(tokenizer: Tokenizer, text: str, model: str) -> None:
+def _refuse_unknown(tokenizer: Tokenizer, text: str, model: str | None) -> None:
     """ValueError for words that a word-level tokenizer would lose; it says which words there are."""
     lost = getattr(tokenizer.model, "unk_token", None)  # the token for unknown words
     if lost is None:
@@ -73,6 +74,8 @@ def _refuse_unknown(tokenizer: Tokenizer, text: str, model: str) -> None:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     pieces = ((i, text[start:end]) for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True))
     unknown = dict.fromkeys(repr(p) for i, p in pieces if i == tokenizer.token_to_id(lost) and p != lost)
+    if unknown and model is None:
+        raise ValueError(f"the model does not know {', '.join(unknown)}")
     if unknown:
         name = "" if model == "tiny" else f" {shlex.quote(model)}"
         hint = f"`minirec info --words{name}` lists the words it knows"

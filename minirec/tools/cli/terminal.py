@@ -12,6 +12,7 @@ import sys
 from tokenizers import Tokenizer
 
 from minirec.files.machine import printable
+from minirec.files.tokenizer import Detokenizer
 
 
 def open_streams() -> None:
@@ -72,14 +73,12 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, at_once: bool = False):
         self.tokenizer, self.at_once = tokenizer, at_once
         self.tokens: list[int] = []
-        self.shown = 0  # characters
+        self.text = Detokenizer(tokenizer)
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)
-        if not self.at_once and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character waits
-            show(text[self.shown :], end="", flush=True)
-            self.shown = len(text)
+        if not self.at_once:
+            show(self.text.add(token), end="", flush=True)
 
     def end(self) -> None:
-        show(self.tokenizer.decode(self.tokens)[self.shown :])
+        show(self.tokenizer.decode(self.tokens) if self.at_once else self.text.end())
