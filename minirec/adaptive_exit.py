@@ -150,7 +150,7 @@ def generate(
     )
     if min_steps > r:
         raise ValueError(f"min_steps is {shown(min_steps)}; it must be from 1 to num_steps, here {r}")
-    if criterion == GATE:
+    if isinstance(criterion, str) and criterion == GATE:
         if not hasattr(model, GATE):
             known = ", ".join(map(repr, CRITERIA))
             raise ValueError(f"criterion is {GATE!r}, and this model has no gate; it must be one of {known}")
