@@ -39,8 +39,6 @@ Notebook: 05_adaptive_exit.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -150,7 +148,7 @@ def generate(
     )
     if min_steps > r:
         raise ValueError(f"min_steps is {shown(min_steps)}; it must be from 1 to num_steps, here {r}")
-    if criterion == GATE:
+    if isinstance(criterion, str) and criterion == GATE:
         if not hasattr(model, GATE):
             known = ", ".join(map(repr, CRITERIA))
             raise ValueError(f"criterion is {GATE!r}, and this model has no gate; it must be one of {known}")
@@ -201,10 +199,10 @@ def _loop(
     checks: the steps after which to ask the criterion; lengths: of the prompts, if the window holds those.  The logits
     are None if the criterion did not need them at the last step.
     """
-    measure, reads, default = CRITERIA.get(criterion, (None, GATE, None))
-    limit, needed = (0.5, threshold) if isinstance(default, int) else (threshold, 1)
-    stopped, left = 0.0, 1.0  # by the gate: the probability of having stopped, (B, W), and what is left of 1
+    measure, reads, default = CRITERIA.get(criterion, (latent_diff, GATE, None))  # a gate needs no measure
+    limit, needed = (0.5, threshold) if isinstance(default, int) else (0.5 if reads == GATE else threshold, 1)
     e, s = grid.embed(at), at.read(grid.state)  # (B, W, d) each
+    stopped, left = s.new_zeros(()), s.new_ones(())  # by the gate: the probability of having stopped, and the rest
     last: Tensor | None = None
     weights: Tensor | float = 1.0
     if lengths is not None:
@@ -228,7 +226,7 @@ def _loop(
         new = grid.decode(s, at, only=last) if reads == "logits" else s  # (B, 1, V) or (B, W, d)
         if previous is not None:
             if reads == GATE:
-                change = torch.where(stopped >= threshold, -math.inf, math.inf)  # (B, W)
+                change = (stopped < threshold).to(s)  # (B, W): 0 once it may exit
                 change = change[:, :1] if last is None else change.gather(1, last[:, None])
             else:
                 change = measure(previous, new)  # (B, W) or (B, 1)

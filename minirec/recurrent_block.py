@@ -160,6 +160,8 @@ class Whole:
     two members.  rope: the rotation of every position, as from `RecurrentDepthLM.rope`.
     """
 
+    tokens: Tensor | None = None  # of a model that reads them in every part
+
     def __init__(self, rope: Tensor):
         self.rope = rope
 
@@ -194,7 +196,9 @@ class RecurrentDepthLM(nn.Module):
     from_pretrained: ClassVar[Callable[..., RecurrentDepthLM]]
     save_pretrained: Callable[..., None]
     transformer: Any  # a ModuleDict: PyTorch has no types for what its names stand for
-    block_class: type[nn.Module] = SandwichBlock
+    config: Any  # of its family
+    block_class: Callable[..., nn.Module] = SandwichBlock
+    check_decoding: Callable[..., None]  # of families without injection
     injects: bool = True  # every step sees e, so that a state can follow its token when that changes
 
     def __init__(self, config: RecurrentConfig):

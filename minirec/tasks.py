@@ -217,3 +217,4 @@ def heldout(n: int, seed: int = 0, family: str = "words", level: int | None = No
             return list(seen.values())
         if in_vain == PATIENCE:
             raise ValueError(f"n is {n}; family {family!r}, level {level}, has about {len(seen)} held-out problems")
+    raise AssertionError("a stream of problems never ends")

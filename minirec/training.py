@@ -365,7 +365,7 @@ def _train(model, optimizer, config: TrainingConfig, data: Batches, run, end: in
     """The loop of `train`, from the last save of `run` to step `end`."""
     (rank, world), device = place(), model.device
     first, log, running = run.resume(model, optimizer, config) if run else (0, [], [])
-    objective = Objective(model)
+    objective: torch.nn.Module = Objective(model)
     if world > 1:
         objective = DistributedDataParallel(objective)
     held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -177,7 +178,7 @@ def test_a_row_is_asked_at_every_reading_for_what_it_has_reached(loose, depths, 
 
 def test_no_row_takes_a_step_that_it_does_not_need(loose, monkeypatch):
     rows, recur = [], loose.recur
-    monkeypatch.setattr(loose, "recur", lambda s, e: rows.append(len(s)) or recur(s, e))
+    monkeypatch.setattr(loose, "recur", lambda s, e, *at: rows.append(len(s)) or recur(s, e, *at))
     tokens, labels, state = a_batch(4)
     depth_loss(loose, tokens, labels, torch.tensor([2, 6, 1, 2]), 3, state)
     assert rows == [1, 1, 1, 1, 3, 4], "they start one after the other and end together"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ class OuroConfig(LlamaConfig):
 class OuroBlock(nn.Module):
     """x <- x + norm(attn(norm(x)));   x <- x + norm(mlp(norm(x)))."""
 
+    input_layernorm: RMSNorm
+    input_layernorm_2: RMSNorm
+    post_attention_layernorm: RMSNorm
+    post_attention_layernorm_2: RMSNorm
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn, self.mlp = LlamaAttention(config), LlamaMLP(config)
@@ -60,7 +65,7 @@ class OuroBlock(nn.Module):
 class Looped(RecurrentDepthLM):
     """A transformer without prelude, coda or injection that is run again and again; parts as of `RecurrentDepthLM`."""
 
-    block_class: type[nn.Module]
+    model: Any  # a ModuleDict, as `transformer` is
     injects = False
 
     def build(self) -> None:

@@ -49,6 +49,12 @@ class ParcaeConfig(RecurrentConfig):
 class ParcaeAttention(nn.Module):
     """Attention with normed queries and keys; with a gate, it adds each token's own value."""
 
+    c_q: nn.Linear
+    c_k: nn.Linear
+    c_v: nn.Linear
+    c_proj: nn.Linear
+    ve_gate: nn.Linear
+
     def __init__(self, config: ParcaeConfig):
         super().__init__()
         self.n_heads = config.n_heads
@@ -122,7 +128,7 @@ class Parcae(RecurrentDepthLM):
             raise ValueError("Parcae looks tokens up in every part of the model: pass at=model.whole(tokens)")
         return at
 
-    def through(self, part: str, x: Tensor, at: Any, before: int, slot=0) -> Tensor:
+    def through(self, part: str, x: Any, at: Any, before: int, slot=0) -> Any:
         """x (B, W, d) through the blocks of a part, which has `before` layers before it."""
         for layer, block in enumerate(getattr(self.transformer, {"core": "core_block"}.get(part, part))):
             own = getattr(self.value_embeds, str(before + layer))(at.tokens) if layer % 2 else None
@@ -133,7 +139,7 @@ class Parcae(RecurrentDepthLM):
     def prelude(self, tokens: Tensor, at=None) -> Tensor:
         """P: tokens (B, T) int64 -> e (B, T, d)."""
         e = self.through("prelude", self.transformer.wte(tokens), at or self.whole(tokens), 0)
-        normed = self.transformer.ln_prelude(e)
+        normed: Any = self.transformer.ln_prelude(e)
         normed.tokens = e.tokens
         return normed
 

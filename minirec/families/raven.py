@@ -14,7 +14,7 @@ What differs from the recurrent block of Huginn:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ class RavenAttention(nn.Module):
         self.widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
         self.Wqkv = nn.Linear(config.n_embd, sum(self.widths), bias=False)
         self.proj = nn.Linear(self.widths[0], config.n_embd, bias=False)
-        self.q_norm = RMSNorm(self.widths[0], config.norm_eps) if config.olmo else None
-        self.k_norm = RMSNorm(self.widths[1], config.norm_eps) if config.olmo else None
+        self.q_norm: Any = RMSNorm(self.widths[0], config.norm_eps) if config.olmo else None
+        self.k_norm: Any = RMSNorm(self.widths[1], config.norm_eps) if config.olmo else None
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
@@ -100,9 +100,9 @@ class Raven(RecurrentDepthLM):
 
     def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:
         """R: one recurrence step, state and embedding (B, T, d) each -> (B, T, d)."""
-        mode, first = self.config.initial_state_mode, None
+        mode = self.config.initial_state_mode
+        first: Any = None if mode == "random" else (s == 0).all(dim=-1, keepdim=True)  # (B, T, 1)
         if mode != "random":
-            first = (s == 0).all(dim=-1, keepdim=True)  # (B, T, 1)
             s = torch.where(first, e, s)
         x = self.transformer.adapter(torch.cat([s, e], dim=-1))
         if mode == "skip-adapter":

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minirec.files.machine import one_line
 
@@ -81,7 +81,7 @@ class OneOf(NamedTuple):
 class OrNull(NamedTuple):
     """What another field may be, or null."""
 
-    field: Count | Number | Flag | OneOf
+    field: Any
 
     def __str__(self):
         return f"{self.field}, or null"

@@ -353,7 +353,7 @@ def layout_of(values: dict, tensors: Collection[str]) -> Layout:
         return PARCAE
     if kind == "huginn_raven":
         return RAVEN if is_raven(values, tensors) else HUGINN
-    if kind in BY_TYPE:
+    if isinstance(kind, str) and kind in BY_TYPE:
         return BY_TYPE[kind]
     plain = str(kind).lower().replace("-", "_")
     for name, (family, lacks) in MISSING.items():

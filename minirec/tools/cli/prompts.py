@@ -77,7 +77,7 @@ def _refuse_unknown(tokenizer: Tokenizer, text: str, model: str | None) -> None:
     if unknown and model is None:
         raise ValueError(f"the model does not know {', '.join(unknown)}")
     if unknown:
-        name = "" if model == "tiny" else f" {shlex.quote(model)}"
+        name = "" if model == "tiny" else f" {shlex.quote(str(model))}"
         hint = f"`minirec info --words{name}` lists the words it knows"
         if knows_the_tasks(tokenizer):
             hint += f". Try: minirec generate{name and ' --model'}{name} '{EXAMPLE}'"
