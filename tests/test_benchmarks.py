@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from minirec import RecurrentConfig, RecurrentDepthLM, tasks
 from minirec.decoding import Generation, Grid
+from minirec.families import ParcaeConfig
 from minirec.kv_cache import KVCache
 from minirec.training import TrainingConfig, exact_match
 
@@ -770,3 +771,39 @@ def test_bad_arguments_of_full_scale_are_said(full_scale, arguments, says, capsy
     with pytest.raises(SystemExit):
         full_scale.main(["--preset", "tiny", "--device", "cpu", *arguments])
     assert says in capsys.readouterr().err
+
+
+# --- families.py and published.py ---
+
+families, published = script("families"), script("published")
+
+
+def test_families_measures_every_part(families, monkeypatch):
+    shape = ParcaeConfig(
+        n_embd=64, n_heads=2, intermediate_size=32, vocab_size=60, block_size=128, mean_recurrence=3,
+        n_layers_in_prelude=2, n_layers_in_recurrent_block=2, n_layers_in_coda=2,
+    )  # fmt: skip
+    monkeypatch.setattr(families, "preset", lambda name: shape)
+    monkeypatch.setattr(families, "CONTEXT", 20)
+    monkeypatch.setattr(families, "PROMPT", 30)
+    for pack in (True, False):
+        measured = families.measure("parcae_140m", pack, 2)
+        assert all(seconds > 0 for seconds in measured["seconds"].values())
+        assert measured["step over one"].keys() == measured["outer over token"].keys() == {4, 8, 16}
+        assert measured["kv"] == 2 * (2 + 2 * 8 + 2) * 64 * 4 and measured["packed copy"] == 0
+
+
+def test_families_counts_every_matrix_product(families, small_family):
+    model = small_family("parcae", dtype=torch.float32)
+    met = [tuple(w.shape) for w in families.matrices(model, 3)]
+    block = [(32, 32)] * 4 + [(24, 32), (32, 24)]  # q, k, v, o and the MLP; every second block has a gate
+    parts = [*block, *block[:3], (2, 32), block[3], *block[4:]]
+    assert sorted(met) == sorted([*parts, *3 * [(32, 32), *parts], (32, 32), *parts, (23, 32)])
+
+
+def test_published_tells_lossless_samplers_from_others(published, small_family, monkeypatch):
+    model = small_family("ouro")
+    rows = published.compare(model, [[3, 1, 4], [1, 5]], 6, 4)
+    assert [row[1] for row in rows[:3]] == ["2 of 2"] * 3 and [row[2] for row in rows[:3]] == ["0"] * 3
+    assert len(rows) == 6 and "gate" in rows[-1][0]
+    assert published.is_tie(model, [3, 1, 4], 4, (7, 7)) and not published.is_tie(model, [3, 1, 4], 4, (7, 8))

@@ -44,17 +44,12 @@ class OuroConfig(LlamaConfig):
 class OuroBlock(nn.Module):
     """x <- x + norm(attn(norm(x)));   x <- x + norm(mlp(norm(x)))."""
 
-    input_layernorm: RMSNorm
-    input_layernorm_2: RMSNorm
-    post_attention_layernorm: RMSNorm
-    post_attention_layernorm_2: RMSNorm
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn, self.mlp = LlamaAttention(config), LlamaMLP(config)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            setattr(self, name, RMSNorm(config.n_embd, config.norm_eps))
-            setattr(self, f"{name}_2", RMSNorm(config.n_embd, config.norm_eps))
+        norms = [RMSNorm(config.n_embd, config.norm_eps) for _ in range(4)]
+        self.input_layernorm, self.input_layernorm_2 = norms[:2]
+        self.post_attention_layernorm, self.post_attention_layernorm_2 = norms[2:]
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
         """(B, T, d) -> (B, T, d)."""

@@ -13,7 +13,6 @@ All three parts look tokens up: a window knows them, and so do `model.whole(toke
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -49,17 +48,11 @@ class ParcaeConfig(RecurrentConfig):
 class ParcaeAttention(nn.Module):
     """Attention with normed queries and keys; with a gate, it adds each token's own value."""
 
-    c_q: nn.Linear
-    c_k: nn.Linear
-    c_v: nn.Linear
-    c_proj: nn.Linear
-    ve_gate: nn.Linear
-
     def __init__(self, config: ParcaeConfig):
         super().__init__()
-        self.n_heads = config.n_heads
-        for name in ("c_q", "c_k", "c_v", "c_proj"):
-            setattr(self, name, nn.Linear(config.n_embd, config.n_embd, bias=False))
+        self.n_heads, d = config.n_heads, config.n_embd
+        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.ve_gate: Any = None  # every second layer has one
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal, own: Tensor | None = None) -> Tensor:
         """x (B, T, d), and own (B, T, d), the value table's rows of the tokens -> (B, T, d)."""
@@ -118,7 +111,7 @@ class Parcae(RecurrentDepthLM):
         super().reset_parameters()
         nn.init.eye_(self.transformer.adapter.B)
         self.transformer.adapter.A_log.zero_()
-        self.transformer.adapter.dt_bias.fill_(math.log(math.expm1(math.log(5) / 2)))  # exp(-softplus(x)) = sqrt(1/5)
+        self.transformer.adapter.dt_bias.fill_(5**0.5 - 1).log_()  # exp(-softplus(x)) = sqrt(1/5)
 
     def whole(self, x: Tensor) -> Whole:
         """All positions of tokens (B, T), or of the states (B, T, d) that prelude or recur returned for them."""
