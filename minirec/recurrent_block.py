@@ -245,10 +245,10 @@ class RecurrentDepthLM(nn.Module):
         std = self.config.init_std
         out_std = math.sqrt(1 / (5 * self.config.n_embd * self.config.effective_depth))
         for name, p in self.named_parameters():
-            if p.dim() == 1:  # norm weights
-                p.fill_(1.0)
-            elif name.endswith("qk_bias"):
+            if name.endswith("bias"):
                 p.zero_()
+            elif p.dim() == 1:  # norm weights
+                p.fill_(1.0)
             else:
                 sigma = out_std if name.endswith("proj.weight") else std
                 nn.init.trunc_normal_(p, std=sigma, a=-3 * sigma, b=3 * sigma)
