@@ -84,7 +84,7 @@ def tables(text: str) -> list[list[list[str]]]:
     return [[head, *rows] for head, _, *rows in split]
 
 
-@pytest.mark.parametrize("name", ["overhead_run", "samplers_run"])
+@pytest.mark.parametrize("name", ["overhead_run", pytest.param("samplers_run", marks=pytest.mark.slow)])
 def test_tables_are_whole_and_the_machine_is_named(name, request):
     text, written = request.getfixturevalue(name)
     assert tables(text)
@@ -209,6 +209,7 @@ def test_profile_counts_the_attention_inside_the_cache_once(overhead, ticks, mon
     assert first["whole"] / 1e3 == 175
 
 
+@pytest.mark.slow
 def test_samplers_reports_every_setting_of_every_family_from_one_run(samplers, samplers_run):
     text, written = samplers_run
     assert list(written["families"]) == ["words", "hops", samplers.ALL]
@@ -251,6 +252,7 @@ def test_samplers_reports_every_setting_of_every_family_from_one_run(samplers, s
         assert set(rows[samplers.at_depth(depth)]["speed_up_over_smallest"].values()) == {1}
 
 
+@pytest.mark.slow
 def test_samplers_writes_every_number_as_csv_and_draws_the_plane(samplers_run, samplers_folder):
     rows = list(csv.DictReader((samplers_folder / "rows.csv").open()))
     written = samplers_run[1]["families"]
@@ -278,6 +280,7 @@ def test_idle_blocks_change_nothing(core_size, there):
     assert torch.equal(same(tokens, 6).logits, model(tokens, 6).logits)
 
 
+@pytest.mark.slow
 def test_core_size_compares_every_sampler_with_autoregressive_decoding(core_size, tmp_path):
     text, written = run(core_size, ["--problems", "1", "--blocks", "1", "2"], tmp_path)
     assert "| core of 1 | core of 2 |" in text and "same in every column: 100.0 %" in text

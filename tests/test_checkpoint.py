@@ -1246,6 +1246,7 @@ def test_a_made_checkpoint_is_there_whole_or_not_at_all(shape, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_fsync")
 def test_a_made_checkpoint_may_be_made_again_after_it_was_killed(shape, tmp_path):
     total = lines_of(lambda: checkpoint.make_random(shape, tmp_path / "count", shards=2))

@@ -150,6 +150,7 @@ def test_demo_speed_up_compares_tokens_per_second(capsys):
     assert table["same tokens as autoregressive"] == ["2/2", "1/2"]
 
 
+@pytest.mark.slow
 def test_demo_passes_its_options_on(minirec_, tmp_path, calls):
     out, page = tmp_path / "w.png", tmp_path / "w.html"
     args = "--problems 1 --num-steps 6 --inner-steps 2 --exit-threshold 0.1 --guess-after 3".split()

@@ -143,7 +143,7 @@ def test_every_request_gets_what_it_gets_alone_500_times(small_model, mode, seed
 
 @pytest.mark.parametrize("num_steps", [None, 5, 3])
 @pytest.mark.parametrize("guess_after", [1, 2])
-@pytest.mark.parametrize("row_budget", [6, 64])
+@pytest.mark.parametrize("row_budget", [6, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_wave_with_a_threshold_is_diffusion_forcing(small_model, guess_after, row_budget, num_steps):
     """Guesses that change while a position is deep, windows of many widths, cancelled requests, shared slots."""
     for seed in range(3):

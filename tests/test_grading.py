@@ -363,6 +363,7 @@ def test_an_assignment_that_cannot_run_here_is_no_student_s_fault(tmp_path, caps
     ]
 
 
+@pytest.mark.slow
 def test_pytest_grades_a_folder(tmp_path):
     """The real assignments' names are known there, so what is graded here are files that are none."""
     folder = tmp_path / "handed_in"
