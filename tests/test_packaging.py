@@ -152,7 +152,8 @@ def test_ci_runs_make_targets_and_nothing_else():
     for command in [*commands_of_ci(), *local]:
         make, target = command.split()
         assert make == "make" and target in targets, command
-    assert {"make lint", "make types", "make test", "make coverage"} <= set(local) & set(commands_of_ci())
+    assert {"make lint", "make types", "make test"} <= set(local) & set(commands_of_ci())
+    assert "make coverage" in commands_of_ci()
 
 
 def test_ci_tests_every_supported_python():
