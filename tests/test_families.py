@@ -541,8 +541,8 @@ def test_packed_matrices_give_the_same_logits(wide, name, monkeypatch):
     monkeypatch.setattr(Grid, "choose", lambda self, x, at: seen.append(x.clone()) or choose(self, x, at))
     runs = [autoregressive.generate(model, [3, 1, 4], 6, packed=packed) for packed in (True, False)]
     assert runs[0].tokens == runs[1].tokens
-    for ours, plain in zip(seen[:6], seen[6:], strict=True):
-        assert (ours - plain).abs().max() < 1e-4 * plain.abs().max()
+    for ours, right in zip(seen[:6], seen[6:], strict=True):
+        assert (ours - right).abs().max() < 1e-4 * right.abs().max()
 
 
 def test_packed_matrices_follow_the_weights(wide):
