@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_continuous_batching import ENGINES, REQUESTS, check_serves
+from test_continuous_batching import ENGINES, REQUESTS, check_serves, plain
 
 from minirec import (
     RecurrentDepthLM,
@@ -429,11 +429,19 @@ def test_without_injection_diffusion_forcing_starts_changed_positions_again(
         model, prompts, 8, num_steps=r, inner_steps=inner, schedule="fixed", stop_tokens=(), trace=True
     )
     if r % inner == 0:
-        plain = autoregressive.generate(model, prompts, 8, num_steps=r, stop_tokens=())
-        assert [g.tokens for g in made] == [g.tokens for g in plain]
+        right = autoregressive.generate(model, prompts, 8, num_steps=r, stop_tokens=())
+        assert [g.tokens for g in made] == [g.tokens for g in right]
     for generation in made:
         for step in generation.trace:
             assert step.depths == sorted(step.depths, reverse=True), "nobody reads steps that another never ran"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_wave_of_the_engine_with_a_threshold_is_diffusion_forcing(small_family, name):
+    """Guesses change while positions are deep: without injection these begin again, in the engine too."""
+    for seed in range(3):
+        requests = [r | {"threshold": (0.02, 0.2, 0.6)[i % 3]} for i, r in enumerate(plain(6, new=10))]
+        check_serves(small_family(name, seed), "wavefront", requests, slots=2, guess_after=1)
 
 
 @pytest.mark.parametrize("name", LOOPED)
@@ -533,8 +541,8 @@ def test_packed_matrices_give_the_same_logits(wide, name, monkeypatch):
     monkeypatch.setattr(Grid, "choose", lambda self, x, at: seen.append(x.clone()) or choose(self, x, at))
     runs = [autoregressive.generate(model, [3, 1, 4], 6, packed=packed) for packed in (True, False)]
     assert runs[0].tokens == runs[1].tokens
-    for ours, plain in zip(seen[:6], seen[6:], strict=True):
-        assert (ours - plain).abs().max() < 1e-4 * plain.abs().max()
+    for ours, right in zip(seen[:6], seen[6:], strict=True):
+        assert (ours - right).abs().max() < 1e-4 * right.abs().max()
 
 
 def test_packed_matrices_follow_the_weights(wide):
