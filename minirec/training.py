@@ -166,11 +166,12 @@ def depth_loss(
     s, losses = state[:0], []  # (rows that have started, T, d)
     for left in range(steps[0], 0, -1):
         started = sum(n >= left for n in steps)
-        at = model.whole(tokens[:started])
+        # a notebook's own model may have nothing but prelude, recur and coda
+        at = [model.whole(tokens[:started])] if isinstance(model, RecurrentDepthLM) else []
         with torch.set_grad_enabled(left <= backprop and torch.is_grad_enabled()):
-            s = model.recur(torch.cat([s, state[len(s) : started]]), e[:started], at)
+            s = model.recur(torch.cat([s, state[len(s) : started]]), e[:started], *at)
         if left - 1 in reads:
-            logits, asked = model.coda(s, at), asked_for(labels, depths, left)  # (started, T, V), (started, T)
+            logits, asked = model.coda(s, *at), asked_for(labels, depths, left)  # (started, T, V), (started, T)
             loss = F.cross_entropy(logits.flatten(0, 1), asked.flatten(), ignore_index=IGNORE, reduction="sum")
             of_all = asked if whole is None else asked_for(all_labels, all_depths, left)
             losses.append(loss / (of_all != IGNORE).sum())
