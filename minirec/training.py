@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -167,7 +168,7 @@ def depth_loss(
     for left in range(steps[0], 0, -1):
         started = sum(n >= left for n in steps)
         # a notebook's own model may have nothing but prelude, recur and coda
-        at = [model.whole(tokens[:started])] if isinstance(model, RecurrentDepthLM) else []
+        at: list[Any] = [model.whole(tokens[:started])] if isinstance(model, RecurrentDepthLM) else []
         with torch.set_grad_enabled(left <= backprop and torch.is_grad_enabled()):
             s = model.recur(torch.cat([s, state[len(s) : started]]), e[:started], *at)
         if left - 1 in reads:

@@ -888,7 +888,7 @@ def test_no_module_can_open_a_pickle():
                 bad = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
                 assert name.split(".")[0] not in bad, f"{path.name}: {name}"
                 banned = {"torch.load", "torch.save", "torch.hub", "numpy.load", "np.load"}
-                if path.parts[-2:] == ("files", "convert.py"):  # `minirec convert` reads a pickle when told to, and runs no code of it
+                if path.parts[-2:] == ("files", "convert.py"):  # reads a pickle when told to, and runs no code of it
                     banned -= {"torch.load"}
                     assert 'torch.load(file, map_location="cpu", weights_only=True)' in path.read_text(encoding="utf-8")
                 assert name not in banned, f"{path.name}: {name}"

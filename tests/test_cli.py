@@ -829,7 +829,7 @@ REQUIRED = {
 
 
 def bad_values():
-    """(command, option, value): of every option that takes a number, a choice or a device, of all commands but serve."""
+    """(command, option, value): of every option with a number, a choice or a device, of all commands but serve."""
     for name, command in commands().items():
         if name == "serve":  # tests/test_serve.py
             continue
