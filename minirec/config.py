@@ -117,7 +117,7 @@ class RecurrentConfig:
 PRESETS = {
     # What one student trains on a laptop: see minirec/assets/tiny.
     "tiny": dict(
-        n_embd=96, n_heads=3, intermediate_size=264, vocab_size=128, block_size=512,
+        n_embd=96, n_heads=3, intermediate_size=264, vocab_size=144, block_size=512,
         n_layers_in_prelude=1, n_layers_in_recurrent_block=1, n_layers_in_coda=1,
         mean_recurrence=12, mean_backprop_depth=16,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,

@@ -1,20 +1,26 @@
 """Seeded generators of problems with a checkable answer: what the shipped model is trained on and tested with.
 
-Three families share one vocabulary.  Each has a dial for difficulty, the level:
+Five families share one vocabulary.  Each has a dial for difficulty, the level: the serial steps to the answer.
 
-    words      Mia has 12 pears. First Mia buys 5 more pears. Then Mia gives 3 pears to Tom. How many pears ...?
-               First Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears. Then ... The answer is 14.
+    hops       k>c, m>a, a>d, c>f, d>d, f>f. Follow k m.
+               k>f, m>d
+    tolls      k>c 3, m>a 7, a>d 1, c>f 5, d>d 0, f>f 0. Largest k m.
+               k>5, m>7
+    reports    k>c, m>a, a>d, c>f, d>d, f>f. Say k m.
+               Whoever starts at k and follows all the arrows ends at f. Whoever starts at m ...
     automaton  Run 3 steps from 0110100101101001.
                0110010010011000
-    hops       k>c, m>a, e>h, c>f, h>b, a>d. Follow k e m.
-               k>f, e>b, m>d
+    words      Mia has 12 pears. First Mia buys 5 more pears. Then Mia gives 3 pears to Tom. How many pears ...?
+               First Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears. Then ... The answer is 14.
 
-A word problem has 2 to 5 changes to one number and writes every one of them down, so no token needs much thought: its
-depth is in its text.  The other two are to be answered at once.  Of an automaton the row after s steps is asked, of
-the arrows where each way ends; the s steps, or s hops, that lie between are nowhere written, so they have to be taken
-inside the loop of the model, and s is the level.  The automaton is rule 30 (new cell = left XOR (centre OR right))
-moved so that a cell depends on itself and the two cells before it, with zeros before the first: a causal model can
-iterate it in place.  Three ways of equal length hide in every set of arrows, and no place is on two of them.
+The first three give every place one arrow; the last place of a walk points to itself.  No problem says how many
+arrows to follow: follow them until nothing changes, a *fixed point*.  Hops asks where walks end, tolls for the largest
+toll on the way, reports wraps the answers of hops in sentences: most of its tokens are easy and a few are deep, as in
+real text.  A walk begins where no arrow leads, else an answer "k>f" would read like another arrow of the problem.
+
+The automaton is rule 30 (new cell = left XOR (centre OR right)) moved so that a cell depends on itself and the two
+cells before it, with zeros before the first: a causal model can iterate it in place.  A word problem has 2 to 5
+changes to one number and writes every one of them down, so no token needs much thought: its depth is in its text.
 
 A problem belongs to the training or to the held-out split by a hash of its text, so the two can never share one.
 Levels above the trained ones are held out altogether.
@@ -26,20 +32,49 @@ import random
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import takewhile
 
 from minirec.tokenizer import BEGIN, END, LETTERS, NAMES, ORDINALS, THINGS, task_tokenizer
 
 # name -> levels, easiest first: those trained, and harder ones that training never shows
-FAMILIES = {"words": (2, 3, 4, 5), "automaton": (1, 2, 3, 4, 5, 6), "hops": (1, 2, 3, 4, 5, 6, 7, 8)}
-HARDER = {"words": (6,), "automaton": (7, 8, 10), "hops": (9, 10, 12)}
+FAMILIES = {
+    "hops": (1, 2, 3, 4),
+    "tolls": (1, 2, 3, 4),
+    "reports": (1, 2, 3, 4),
+    "automaton": (1, 2, 3, 4, 5, 6),
+    "words": (2, 3, 4, 5),
+}
+HARDER = {"hops": (6, 8, 12, 16, 20, 24), "tolls": (6, 8), "reports": (8, 16), "automaton": (7, 8), "words": (6,)}
 LARGEST = 99  # every number of a word problem is between 1 and this
 CELLS = 16  # in a row of the automaton
 PATIENCE = 1000  # held-out problems drawn in a row that are known already: then there are hardly any others
-WAYS = 3  # in a set of arrows
+# of the families of arrows: what is asked -> how one place and what belongs to it are answered
+ASKED = {
+    "hops": {"Follow": "{0}>{1},"},
+    "tolls": {"Largest": "{0}>{2},"},
+    "reports": {
+        "Say": "Whoever starts at {0} and follows all the arrows ends at {1}.",
+        "Tell": "Follow the arrows from {0} and the last of the places is {1}.",
+        "Report": "From {0} the arrows lead from place to place and end at {1}.",
+    },
+}
+QUERIES = {"hops": (3, 3), "tolls": (3, 3), "reports": (4, 8)}  # fewest and most
+ARROWS = (10, 32)  # fewest and most of a problem
 
 _tokenizer = task_tokenizer()
+
+
+@dataclass
+class Walks:
+    """Where walks along arrows are: what it takes to draw other arrows under them."""
+
+    asked: str  # a key of ASKED[family]
+    letters: list[str]  # all places; the first ones are those asked for
+    queries: int  # how many are asked for
+    deepest: int  # arrows from the place that is farthest from its end
+    places: list[list[tuple[str, int]]] = field(default_factory=list)  # after 1, 2, ... steps, of each walk: its place, the largest toll on the way
 
 
 @dataclass
@@ -55,12 +90,23 @@ class Problem:
     answer: str
     family: str
     level: int
-    prompt: list[int] = field(init=False, repr=False)  # <begin> and the text
-    target: list[int] = field(init=False, repr=False)  # the solution and <end>
+    deep: list[int]  # which tokens of the target take serial steps, or a sum; the rest is copied or said by rote
+    walks: Walks | None = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self):
-        self.prompt = [BEGIN, *_tokenizer.encode(self.text).ids]
-        self.target = self.reached(len(self.stages))
+    @cached_property
+    def prompt(self) -> list[int]:
+        """<begin> and the text."""
+        return [BEGIN, *_tokenizer.encode(self.text).ids]
+
+    @cached_property
+    def target(self) -> list[int]:
+        """The solution and <end>."""
+        return self.reached(len(self.stages))
+
+    @property
+    def split(self) -> str:
+        """The split that a problem with this text belongs to."""
+        return "heldout" if zlib.crc32(self.text.encode()) % 16 == 0 else "train"
 
     @property
     def solution(self) -> str:
@@ -78,8 +124,69 @@ class Problem:
         said = re.findall(r"The answer is (.*?)\.", _tokenizer.decode(list(tokens)))
         return bool(said) and said[-1] == self.answer
 
+    def rewired(self, steps: int, rng: random.Random) -> Problem:
+        """Other arrows (and tolls) under walks that have gone `steps` steps: the same length, token for token.
 
-def _word_problem(rng: random.Random, level: int) -> tuple[str, tuple[str, ...], str]:
+        The new problem goes on from the places reached, so the stages of a state that is kept are those of `rewired`.
+        ValueError for a family without arrows.
+        """
+        if self.walks is None:
+            raise ValueError(f"family is {self.family!r}; only {', '.join(ASKED)} have arrows")
+        at = self.walks.places[min(steps, len(self.walks.places)) - 1]
+        while (problem := _walk_on(rng, self.family, self.walks, at)).split != self.split:
+            pass
+        return problem
+
+
+def _forest(rng: random.Random, w: Walks) -> dict[str, str]:
+    """One arrow out of every place, in the order of the text; ends point to themselves.
+
+    The places asked for have no arrow into them; one of them is `deepest` arrows from its end.
+    """
+    heads, rest = w.letters[: w.queries], w.letters[w.queries :]
+    rng.shuffle(rest)
+    deepest = rng.randrange(w.queries)
+    by_depth: list[list[str]] = [[] for _ in range(w.deepest)]  # places that may have an arrow into them
+    next_of = {}
+    for i, place in enumerate(rest):
+        depth = i if i < w.deepest else rng.randint(0, w.deepest)  # first one walk that is deep enough
+        next_of[place] = rng.choice(by_depth[depth - 1]) if depth else place
+        if depth < w.deepest:
+            by_depth[depth].append(place)
+    for i, head in enumerate(heads):
+        depth = w.deepest if i == deepest else rng.randint(1, w.deepest)
+        next_of[head] = rng.choice(by_depth[depth - 1])
+    arrows = list(next_of.items())
+    rng.shuffle(arrows)
+    return dict(arrows)
+def _walks(rng: random.Random, family: str, level: int, arrows: tuple[int, int]) -> Problem:
+    """A problem about walks of at most `level` arrows, among so many arrows in all."""
+    fewest, most = QUERIES[family]
+    queries = rng.randint(min(fewest, max(arrows) - level - 1), min(most, max(arrows) - level - 1))
+    letters = rng.sample(LETTERS, rng.randint(max(arrows[0], level + queries + 1), arrows[1]))
+    walks = Walks(rng.choice(list(ASKED[family])), letters, queries, level)
+    return _walk_on(rng, family, walks, [(head, 0) for head in letters[:queries]])
+
+
+def _walk_on(rng: random.Random, family: str, walks: Walks, at: list[tuple[str, int]]) -> Problem:
+    """The problem that newly drawn arrows make of walks that have come to the places `at`."""
+    next_of, heads = _forest(rng, walks), walks.letters[: walks.queries]
+    toll = {place: 0 if place == end else rng.randint(1, 9) for place, end in next_of.items()}
+    pairs = [f"{a}>{b} {toll[a]}" if family == "tolls" else f"{a}>{b}" for a, b in next_of.items()]
+    form, stages, places = ASKED[family][walks.asked], [], []
+    for _ in range(walks.deepest + 1):  # the last one finds that nothing changes
+        at = [(next_of[place], max(largest, toll[place])) for place, largest in at]
+        said = " ".join(form.format(head, *reached) for head, reached in zip(heads, at, strict=True)).rstrip(",")
+        places.append(at)
+        stages.append(said)
+    needed = stages.index(stages[-1]) + 1
+    text = f"{', '.join(pairs)}. {walks.asked} {' '.join(heads)}."
+    words = re.findall(r"\{\d\}|\w+|[.,]", form)
+    deep = [i * len(words) + next(j for j, w in enumerate(words) if w in ("{1}", "{2}")) for i in range(len(heads))]
+    return Problem(text, tuple(stages[:needed]), stages[-1], family, needed, deep, replace(walks, places=places))
+
+
+def _word_problem(rng: random.Random, level: int) -> Problem:
     """A story of `level` changes to one number, its solution and answer; the number may change hands."""
     names = rng.sample(NAMES, 3)
     things, who = rng.choice(THINGS), names[0]
@@ -93,14 +200,18 @@ def _word_problem(rng: random.Random, level: int) -> tuple[str, tuple[str, ...],
             (f"{who} buys {a} more {things}", "+", a, x + a, who),
             (f"{who} finds {a} more {things}", "+", a, x + a, who),
             (f"{who} gets {a} {things} from {other}", "+", a, x + a, who),
+            (f"{other} brings {a} {things} to {who}", "+", a, x + a, who),
             (f"{other} has {a} more {things} than {who}", "+", a, x + a, other),
             (f"{who} gives {a} {things} to {other}", "-", a, x - a, who),
+            (f"{other} takes {a} {things} from {who}", "-", a, x - a, who),
             (f"{who} loses {a} {things}", "-", a, x - a, who),
             (f"{who} sells {a} {things}", "-", a, x - a, who),
             (f"{other} has {a} fewer {things} than {who}", "-", a, x - a, other),
             (f"{who} doubles the {things}", "*", 2, x * 2, who),
+            (f"{other} has twice as many {things} as {who}", "*", 2, x * 2, other),
             (f"{who} triples the {things}", "*", 3, x * 3, who),
             (f"{who} gives away half of the {things}", "/", 2, x / 2, who),
+            (f"{other} has half as many {things} as {who}", "/", 2, x / 2, other),
         ]
         possible = [c for c in changes if 1 <= c[3] <= LARGEST and c[3] == int(c[3])]
         sentence, operator, operand, result, who = rng.choice(possible)
@@ -110,28 +221,32 @@ def _word_problem(rng: random.Random, level: int) -> tuple[str, tuple[str, ...],
         x = result
     story.append(f"How many {things} does {who} have?")
     solution.append(f"The answer is {x}.")
-    return " ".join(story), (" ".join(solution),), str(x)
+    solution = " ".join(solution)
+    tokens = [m for m in re.finditer(r"[A-Za-z]+|\d|\S", solution)]
+    deep = [i for i, m in enumerate(tokens) if re.search(r"= \d*$", solution[: m.start()]) and m[0].isdigit()]
+    return Problem(" ".join(story), (solution,), str(x), "words", level, deep)
 
 
-def _automaton(rng: random.Random, steps: int) -> tuple[str, tuple[str, ...], str]:
+def _automaton(rng: random.Random, steps: int) -> Problem:
     """A row of cells, and the rows after 1, 2, ... steps of rule 30 on each cell and the two before it."""
     row = [rng.randint(0, 1) for _ in range(CELLS)]
     text, rows = f"Run {steps} steps from {''.join(map(str, row))}.", []
     for _ in range(steps):
         row = [left ^ (centre | right) for left, centre, right in zip([0, 0, *row], [0, *row], row, strict=False)]
         rows.append("".join(map(str, row)))
-    return text, tuple(rows), rows[-1]
+    return Problem(text, tuple(rows), rows[-1], "automaton", steps, list(range(CELLS)))
 
 
-def _hops(rng: random.Random, length: int) -> tuple[str, tuple[str, ...], str]:
-    """Arrows in any order that make three ways of so many hops; the place on each way after 1, 2, ... of them."""
-    places = rng.sample(LETTERS, WAYS * (length + 1))
-    ways = [places[i::WAYS] for i in range(WAYS)]
-    arrows = [f"{a}>{b}" for way in ways for a, b in pairwise(way)]
-    rng.shuffle(arrows)
-    text = f"{', '.join(arrows)}. Follow {' '.join(way[0] for way in ways)}."
-    stages = tuple(", ".join(f"{way[0]}>{way[i]}" for way in ways) for i in range(1, length + 1))
-    return text, stages, stages[-1]
+def draw(rng: random.Random, split: str, family: str, level: int, arrows: tuple[int, int] = ARROWS) -> Problem:
+    """The next problem of a split, family and level; `arrows`: the fewest and the most of one that has any."""
+    write = {"automaton": _automaton, "words": _word_problem}
+    while True:
+        if family in ASKED:
+            problem = _walks(rng, family, level, arrows)
+        else:
+            problem = write[family](rng, level)
+        if problem.split == split and problem.level == level:  # the largest toll of a walk may come early
+            return problem
 
 
 def problems(split: str, seed: int | str = 0, family: str = "words", level: int | None = None) -> Iterator[Problem]:
@@ -146,13 +261,9 @@ def problems(split: str, seed: int | str = 0, family: str = "words", level: int 
     levels = FAMILIES[family] + (HARDER[family] if split == "heldout" else ())
     if level is not None and level not in levels:
         raise ValueError(f"level is {level}; in split {split!r} family {family!r} has levels {levels}")
-    write = {"words": _word_problem, "automaton": _automaton, "hops": _hops}[family]
     rng = random.Random(f"{split} {seed} {family} {level}")
     while True:
-        chosen = level or rng.choice(FAMILIES[family])
-        text, stages, answer = write(rng, chosen)
-        if (zlib.crc32(text.encode()) % 16 == 0) == (split == "heldout"):
-            yield Problem(text, stages, answer, family, chosen)
+        yield draw(rng, split, family, level or rng.choice(FAMILIES[family]))
 
 
 def heldout(n: int, seed: int = 0, family: str = "words", level: int | None = None) -> list[Problem]:

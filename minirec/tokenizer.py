@@ -36,8 +36,13 @@ WORDS = (
     "has buys finds gives eats loses sells doubles triples gets half of the to from than more fewer away "
     "so How many does have The answer is Run steps Follow"
 ).split()
+# what later families say; at the end, so that the ids before it stay what they were
+SENTENCES = (
+    "brings takes twice as Report Tell Say Largest From arrows lead place and end last places at Whoever starts ends "
+    "follows all"
+).split()
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN")
-VOCABULARY = SPECIAL + PUNCTUATION + DIGITS + ORDINALS + NAMES + THINGS + WORDS + LETTERS
+VOCABULARY = SPECIAL + PUNCTUATION + DIGITS + ORDINALS + NAMES + THINGS + WORDS + LETTERS + SENTENCES
 
 PAD, BEGIN, END = range(3)
 

@@ -1,23 +1,30 @@
-"""Training a recurrent-depth model: random depth, gradients through the last steps, and a use for every step.
+"""Training a recurrent-depth model until it thinks further than it was taught.
 
 The objective of the paper is the expected loss over text x and over depth r (arXiv 2502.05171, section 3.3):
 
     tau ~ N(log(mean) - sigma^2/2, sigma),   r ~ Poisson(exp(tau)) + 1,   sigma = 1/2
     the first r - k steps run without gradient, the last k = min(r, mean_backprop_depth) with it.
 
-e enters every step, so the prelude learns although the graph is cut.  In our runs that alone gave a tiny model which
-is done after two steps, however hard the problem.  Two things made it use its loop:
+That is `depth_loss`.  A model of this size trained by it solves no problem deeper than those it was shown.  `train`
+trains the step instead.  An optimiser step is a *window* of a few recurrence steps, all with gradient, that starts
+from a state of any age, and after each step the target is what so many serial steps reach (`Problem.stages`):
 
-    stages   before a row has run the steps its problem needs, it is asked for the stage that so many steps reach
-    reads    a row is read and asked on its way as well, not only where it ends
+    noise --window--> state --window--> state --window--> ...           each window: loss, backward, optimiser step
+                        |                 |
+                     rewire?           rewire?                          other arrows, the same walks, the same state
 
-so that each step learns to do one step of the problem, and the steps beyond to leave the answer alone.  Several
-readings taught the later steps much faster; from random weights one reading finds the first step sooner.  The
-learning rate weighs as much: half of it found three levels in the time of one (benchmarks/results/recipe.md).
+    carrying   the state left by a window is kept, without its graph, and a later window goes on from it
+    rewiring   a kept state gets another problem of the same length: a step may be due at any age of the state,
+               although no walk in training is longer than four arrows
+    freezing   the prompt and the answer up to some token are finished first and then held, as decoding with one
+               shared KV slot sees them; the rest loops against them
 
-Every batch, depth and initial state is a function of (seed, step): a killed run resumes to the same losses, and needs
-only weights, moments and a number.  And processes that torchrun has started share the rows of a batch without a word:
-each draws the whole of it, and only gradients and losses are added up.  Notebook: 02_training_through_depth.
+The schedule is a list of phases, and a phase ends when what it teaches is learned: first the single step, on few
+arrows, then the same step from carried states, then more arrows, then all families.
+
+Every batch and initial state is a function of (seed, step), and kept states are dropped at every save: a killed run
+resumes to the same losses.  And processes that torchrun has started share the rows of a batch without a word: each
+draws the whole of it, and only gradients, losses and counts are added up.  Notebook: 02_training_through_depth.
 """
 
 from __future__ import annotations
@@ -27,8 +34,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
@@ -42,95 +48,59 @@ from tqdm import tqdm
 from minirec import checkpoint, processes, tasks
 from minirec.config import number, whole
 from minirec.recurrent_block import RecurrentDepthLM
-from minirec.tokenizer import PAD, task_tokenizer
+from minirec.tokenizer import DIGITS, LETTERS, PAD, task_tokenizer
 
 IGNORE = -100  # label of a position that carries no loss
-POOL = 16  # rounds of batches drawn at once and sorted by length, so that a batch holds problems of one size
+KEPT = 8  # states of a family that are kept at once
+OLDEST = 40  # recurrence steps after which a state is dropped
+TEMPLATE = 0.2  # weight of the tokens that are neither a letter nor a digit
+
+
+@dataclass
+class Phase:
+    """A part of the schedule.  It ends when all its families are right often enough, or after `steps` steps."""
+
+    families: tuple[str, ...]  # in turn, a batch each
+    window: int  # recurrence steps of an optimiser step, all with gradient
+    arrows: tuple[int, int] = tasks.ARROWS  # fewest and most of a problem
+    carried: float = 0.7  # share of the windows that go on from a kept state, if there is one
+    gate: float = 0.6  # a state is kept if more than this share of its letters and digits was right
+    rewired: float = 0.5  # share of its rows that get other arrows
+    anew: float = 0.0  # share of the carried windows in which the prompt begins anew, from noise
+    frozen: float = 0.0  # share of the fresh windows in which part of the text is finished first
+    learned: float = 0.93  # ends when so much is right, by family, fresh and carried; above 1: never
+    steps: int = 10_000  # or after so many
+
+
+PHASES = (
+    Phase(("hops",), window=1, arrows=(5, 6), carried=0.0),
+    Phase(("hops",), window=1, arrows=(5, 6), gate=0.3, rewired=1.0, anew=1.0),
+    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5),
+    Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
+    Phase(("hops", "tolls", "reports", "automaton", "words"), window=4, steps=12_000, frozen=0.3, learned=2.0),
+)
 
 
 @dataclass
 class TrainingConfig:
-    """How to train.  The shipped model was trained in several runs, each from the last one's weights: `make tiny`.
+    """How to train; as it is, the recipe of the shipped model (`make tiny`).
 
-    `steps` are optimiser steps; `warmup`, `decay`, `joining` and `curriculum` are fractions of them.  `families` are
-    taken in turn, a batch each.  `random`, `early` and what they leave of 1 are the shares of rows whose depth is
-    drawn by the paper's rule, evenly from 1 to the steps that the problem needs, or as those steps and a Poisson
-    number more (mean `extra`); a problem that needs a single step has no early rows.  `hardest` is the share of
-    problems that are of the hardest level joined: on its way it asks for what the easier levels ask for at the end.
+    The learning rate grows over `warmup` steps and falls to zero over the last `decay` of the last phase.
     """
 
-    steps: int = 12_000
-    batch_tokens: int = 3000  # of a batch, padding included; there are as many rows as fit
+    phases: tuple[Phase, ...] = PHASES
+    batch_tokens: int = 1200  # of a batch, padding included; there are as many rows as fit
     learning_rate: float = 2e-3
-    warmup: float = 0.02  # linear from zero
-    decay: float = 0.4  # linear to zero, at the end
-    families: tuple[str, ...] = ("hops", "automaton", "words", "hops", "words")
-    joining: float = 0.15  # the families join one after the other, in this order, over this first part
-    curriculum: float = 0.25  # and from then on the levels of each, one by one over so much of the run
-    hardest: float = 0.4
-    early: float = 0.45
-    random: float = 0.15
-    extra: float = 2.0  # mean of the steps beyond those needed
-    staged: bool = True  # before its steps are enough, a row is asked for the stage reached, not for the answer
-    reads: int = 4  # how often the coda reads a row on its way, the end included
+    warmup: int = 100
+    decay: float = 0.4
+    hardest: float = 0.4  # share of the problems that are of the hardest trained level; the rest are of all alike
     weight_decay: float = 0.05
     gradient_clip: float = 1.0
     seed: int = 0
     log_every: int = 50
-    evaluate_every: int = 1000
+    evaluate_every: int = 2000
     evaluate_on: int = 64  # held-out problems
     save_every: int = 500
-
-    def __post_init__(self):
-        self.seed, self.staged = whole("seed", self.seed, 0, 2**32 - 1), bool(self.staged)
-        for field in fields(self):  # as Python's own, so that a run is the same run whoever made its numbers
-            name, value = field.name, getattr(self, field.name)
-            if field.type == "float":
-                setattr(self, name, number(name, value))
-            elif field.type == "int" and name != "seed":
-                setattr(self, name, whole(name, value, 1))
-        for name in ("learning_rate", "gradient_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("warmup", "decay", "joining", "curriculum", "hardest", "early", "random", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
-        if self.early + self.random > 1:
-            raise ValueError(f"early is {self.early} and random {self.random}; together they must be at most 1")
-        if not 0 <= self.extra < math.inf:
-            raise ValueError(f"extra is {self.extra}; it must be at least 0 and finite")
-        self.families = (self.families,) if isinstance(self.families, str) else tuple(self.families)
-        if not self.families:
-            raise ValueError(f"families is {self.families}; it must name one at least of {', '.join(tasks.FAMILIES)}")
-        for family in self.families:
-            if family not in tasks.FAMILIES:
-                raise ValueError(f"family is {family!r}; it must be one of {', '.join(tasks.FAMILIES)}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: warm-up, plateau, linear decay to zero."""
-        up = (step + 1) / max(1.0, self.warmup * self.steps)
-        down = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.learning_rate * min(1.0, up, down)
-
-    def run(self, step: int) -> int:
-        """A number that no other step of this seed has: what its depths and initial states are drawn with."""
-        return (self.seed + 1) * 1_000_003 + step
-
-    def joins(self, family: str) -> float:
-        """The step at which a family joins."""
-        order = list(dict.fromkeys(self.families))
-        return order.index(family) / max(1, len(order) - 1) * self.joining * self.steps
-
-    def family(self, step: int) -> str:
-        """Whose turn a step is."""
-        turns = [f for f in self.families if self.joins(f) <= step]
-        return turns[step % len(turns)]
-
-    def levels(self, family: str, step: int) -> tuple[int, ...]:
-        """The levels of a family that have joined by a step, easiest first, one at least."""
-        levels, since = tasks.FAMILIES[family], step - self.joins(family)
-        joined = sum(i * self.curriculum * self.steps <= since * len(levels) for i in range(len(levels)))
-        return levels[: max(1, joined)]
 
 
 def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: float = 0.5) -> Tensor:
@@ -140,76 +110,23 @@ def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: flo
 
 
 def depth_loss(
-    model: RecurrentDepthLM,
-    tokens: Tensor,
-    labels: Tensor,
-    depths: Tensor,
-    backprop: int,
-    state: Tensor,
-    reads: Sequence[int] = (0,),
-    whole: tuple[Tensor, Tensor] | None = None,
+    model: RecurrentDepthLM, tokens: Tensor, labels: Tensor, depths: Tensor, backprop: int, state: Tensor
 ) -> Tensor:
     """Mean cross-entropy, each row after its own number of recurrence steps, gradients through the last `backprop`.
 
-    tokens (B, T) int64; labels (B, T), already shifted and -100 where there is no loss, or (S, B, T): what a row is
-    asked for after step 1, 2, .. S and from there on; depths (B,) int64; state (B, T, d) -> scalar.  Rows start one
-    after the other, the deepest first, and end together: so one cut serves all.  reads: at how many steps before the
-    end, below `backprop`, the coda reads all rows that have started; the loss is the mean over these readings.
-
-    whole: labels and depths of the batch that these rows are a share of.  Then the loss is what they contribute to the
-    mean over that batch: the losses of its shares add up to the loss of the batch.
+    The paper's objective.  tokens and labels (B, T) int64, already shifted and -100 where there is no loss; depths
+    (B,) int64; state (B, T, d) -> scalar.  Rows start one after the other, the deepest first, and end together: so
+    one cut serves all.
     """
     order = depths.argsort(descending=True, stable=True)
-    labels = labels[None] if labels.dim() == 2 else labels
-    tokens, labels, state, depths = tokens[order], labels[:, order], state[order], depths[order]
-    steps = depths.tolist()
-    all_labels, all_depths = whole or (labels, depths)
-    all_labels = all_labels[None] if all_labels.dim() == 2 else all_labels
+    tokens, labels, state, steps = tokens[order], labels[order], state[order], depths[order].tolist()
     e = model.prelude(tokens)  # (B, T, d)
-    s, losses = state[:0], []  # (rows that have started, T, d)
+    s = state[:0]  # (rows that have started, T, d)
     for left in range(steps[0], 0, -1):
         started = sum(n >= left for n in steps)
         with torch.set_grad_enabled(left <= backprop and torch.is_grad_enabled()):
             s = model.recur(torch.cat([s, state[len(s) : started]]), e[:started])
-        if left - 1 in reads:
-            logits, asked = model.coda(s), asked_for(labels, depths, left)  # (started, T, V), (started, T)
-            loss = F.cross_entropy(logits.flatten(0, 1), asked.flatten(), ignore_index=IGNORE, reduction="sum")
-            of_all = asked if whole is None else asked_for(all_labels, all_depths, left)
-            losses.append(loss / (of_all != IGNORE).sum())
-    deepest = int(all_depths.max())
-    return torch.stack(losses).sum() / sum(read < deepest for read in set(reads))
-
-
-def asked_for(labels: Tensor, depths: Tensor, left: int) -> Tensor:
-    """What a reading after the step with which `left` steps were left asks the rows that have started: (rows, T)."""
-    rows = (depths >= left).nonzero()[:, 0]
-    return labels[(depths[rows] - left).clamp(max=len(labels) - 1), rows]  # labels (S, B, T): by steps run, less one
-
-
-class Objective(torch.nn.Module):
-    """`depth_loss` of a model, as the module that DistributedDataParallel wants to be called through."""
-
-    def __init__(self, model: RecurrentDepthLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *batch) -> Tensor:
-        """The arguments of `depth_loss` after the model -> its loss."""
-        return depth_loss(self.model, *batch)
-
-
-def stages_of(problems: list[tasks.Problem], depths: list[int]) -> tuple[Tensor, Tensor]:
-    """The same, with labels for every step: tokens (B, T), labels (S, B, T) int64, S the most stages of a problem.
-
-    The text that a row reads while it is asked for earlier stages is the stage reached at its own depth.
-    """
-    tokens, last = batch_of(problems, depths)
-    labels = last.repeat(max(len(p.stages) for p in problems), 1, 1)  # (S, B, T)
-    for row, p in enumerate(problems):
-        for steps in range(1, len(labels) + 1):
-            target = p.reached(steps)
-            labels[steps - 1, row, len(p.prompt) - 1 : len(p.prompt) - 1 + len(target)] = torch.tensor(target)
-    return tokens, labels
+    return F.cross_entropy(model.coda(s).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
 def batch_of(problems: list[tasks.Problem], depths: list[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -229,68 +146,116 @@ def batch_of(problems: list[tasks.Problem], depths: list[int] | None = None) -> 
     return tokens, labels
 
 
-class Batches:
-    """The training data: `batches[step]` is a function of (config, step), so any step can be asked for again.
+@dataclass
+class Batch:
+    """Problems in training, with the state they have come to."""
 
-    A batch is tokens (B, T), labels (S, B, T), or (B, T) without stages, and depths (B,), all int64; `mean_depth` is
-    the paper rule's.
+    rows: list[int]  # which rows of the whole batch these are: another process may have the others
+    problems: list[tasks.Problem]
+    ran: list[int]  # recurrence steps of each row on its problem
+    state: Tensor  # (B, T, d)
+    sure: Tensor  # (B, T) bool: False where the last stage was missed, so that nobody knows what comes next
+    frozen: Tensor  # (B, T) bool: True where the text is finished and its state is held
+    age: int = 0  # of the state, in recurrence steps
+
+    def read(self) -> Tensor:
+        """What the model reads, the whole solution included: (B, T) int64."""
+        return batch_of(self.problems)[0].to(self.state.device)
+
+    def labels(self, steps: int) -> tuple[Tensor, Tensor]:
+        """What is due after so many steps more, deep tokens and all others apart: (B, T) int64 each."""
+        labels = batch_of(self.problems, [ran + steps for ran in self.ran])[1]
+        deep = torch.zeros_like(labels, dtype=torch.bool)
+        for row, p in enumerate(self.problems):
+            deep[row, [len(p.prompt) - 1 + i for i in p.deep]] = True
+        labels = labels.where(~self.frozen.cpu(), IGNORE)
+        return labels.where(deep & self.sure.cpu(), IGNORE).to(self.state.device), labels.where(~deep, IGNORE).to(self.state.device)
+
+
+def fresh(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, family: str, step: int) -> Batch:
+    """New problems of a family, their states noise; a function of (config, step) and the weights."""
+    rng = random.Random(f"{config.seed} {step}")
+    arrows = (rng.randint(*phase.arrows),) * 2  # of one size, so that little is padding
+    levels = [level for level in tasks.FAMILIES[family] if family not in tasks.ASKED or 3 * level <= arrows[0]]
+    if family not in tasks.ASKED:  # texts of one level are of about one length
+        levels = [levels[-1] if rng.random() < config.hardest else rng.choice(levels)]
+    problems, size = [], 0
+    while not size or (len(problems) + 1) * size <= config.batch_tokens:
+        level = levels[-1] if rng.random() < config.hardest else rng.choice(levels)
+        problems.append(tasks.draw(rng, "train", family, level, arrows))
+        size = max(size, len(problems[-1].prompt + problems[-1].target))
+    rank, world = processes.place()
+    rows = list(range(len(problems)))[rank::world]
+    problems = problems[rank::world]
+    shape = batch_of(problems)[0].shape
+    on = torch.zeros(shape, dtype=torch.bool, device=model.device)
+    batch = Batch(rows, problems, [0] * len(rows), noise(model, config, rows, shape[1], step), ~on, on)
+    return finish(model, config, batch, step) if rng.random() < phase.frozen else batch
+
+
+def noise(model: RecurrentDepthLM, config: TrainingConfig, rows: list[int], width: int, step: int) -> Tensor:
+    """Initial states (B, T, d) that no other row or step has."""
+    seeds = (torch.tensor(rows) + ((config.seed + 1) * 1_000_003 + step) * 1000)[:, None]
+    positions = torch.arange(width).expand(len(rows), -1)
+    return model.initial_state(positions.to(model.device), seed=seeds.to(model.device))
+
+
+@torch.no_grad()
+def finish(model: RecurrentDepthLM, config: TrainingConfig, batch: Batch, step: int) -> Batch:
+    """Run some steps, freeze each row up to some token of its solution, and let the rest begin anew.
+
+    So the model learns to read text that is finished, as it is when one shared slot holds all keys and values.
     """
+    rng = random.Random(f"{config.seed} {step} finish")
+    e, s = model.prelude(batch.read()), batch.state
+    for _ in range(rng.randint(6, 20)):
+        s = model.recur(s, e)
+    for row, p in enumerate(batch.problems):
+        cut = len(p.prompt) + int(random.Random(f"{config.seed} {step} {batch.rows[row]}").random() * len(p.target)) - 1
+        batch.frozen[row, :cut] = True
+    batch.state = s.where(batch.frozen[..., None], batch.state)
+    return batch
 
-    def __init__(self, config: TrainingConfig, mean_depth: float):
-        self.config, self.mean_depth = config, mean_depth
-        self._longest: dict[tuple[str, int], int] = {}  # tokens of a line, by family and level
-        self._pools: dict[str, dict[int, list[tasks.Problem]]] = {}  # by family and step
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        family, window = config.family(step), POOL * len(config.families)
-        if step not in self._pools.get(family, {}):
-            number = step // window
-            turns = [s for s in range(number * window, (number + 1) * window) if config.family(s) == family]
-            seed, levels = f"{config.seed}.{number}", config.levels(family, turns[0])
-            size = self.rows(family, levels)
-            streams = [tasks.problems("train", seed, family, level) for level in levels]
-            rng = random.Random(f"{family} {seed}")
-            drawn = [
-                next(streams[-1] if rng.random() < config.hardest else rng.choice(streams))
-                for _ in range(len(turns) * size)
-            ]
-            drawn.sort(key=lambda p: len(p.prompt + p.target))
-            batches = [drawn[i * size : (i + 1) * size] for i in range(len(turns))]
-            rng.shuffle(batches)
-            self._pools[family] = dict(zip(turns, batches, strict=True))
-        problems = self._pools[family][step]
-        generator = torch.Generator().manual_seed(config.run(step))
-        depths = self._depths(problems, generator)
-        if config.staged:
-            return *stages_of(problems, depths.tolist()), depths
-        return *batch_of(problems), depths
+def rewire(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, batch: Batch, step: int) -> Batch:
+    """Other arrows under some rows of a kept batch, their states as they are.
 
-    def reads(self, step: int, backprop: int) -> list[int]:
-        """At how many steps before the end the coda reads: at the end, and where chance has it below `backprop`."""
-        others = random.Random(self.config.run(step)).sample(range(1, backprop), min(self.config.reads, backprop) - 1)
-        return [0, *others]
+    A walk of at most four arrows then has its next step due at any age of the state: what is learned is the step, and
+    not how the first four steps go.
+    """
+    anew = random.Random(f"{config.seed} {step}").random() < phase.anew
+    start = noise(model, config, batch.rows, batch.state.shape[1], step) if anew else batch.state
+    for row, p in enumerate(batch.problems):
+        rng = random.Random(f"{config.seed} {step} {batch.rows[row]}")
+        if p.walks and not batch.frozen[row].any() and rng.random() < phase.rewired:
+            batch.problems[row], batch.ran[row] = p.rewired(batch.ran[row], rng), 0
+            batch.state[row, : len(p.prompt) - 1] = start[row, : len(p.prompt) - 1]
+    return batch
 
-    def rows(self, family: str, levels: Sequence[int]) -> int:
-        """How many problems a batch of these levels holds."""
-        return max(1, self.config.batch_tokens // max(self._length(family, level) for level in levels))
 
-    def _length(self, family: str, level: int) -> int:
-        """The longest line among some problems of a level."""
-        if (family, level) not in self._longest:
-            some = islice(tasks.problems("heldout", 0, family, level), 64)
-            self._longest[family, level] = max(len(p.prompt + p.target) for p in some)
-        return self._longest[family, level]
+class Objective(torch.nn.Module):
+    """The loss of a window, as the module that DistributedDataParallel wants to be called through."""
 
-    def _depths(self, problems: list[tasks.Problem], generator: torch.Generator) -> Tensor:
-        """How deep each row goes, (B,) int64: by the paper's rule, or by what the problem needs."""
-        needed = torch.tensor([len(p.stages) for p in problems])  # (B,)
-        kind, share = torch.rand((2, len(problems)), generator=generator)
-        early = 1 + (share * needed).long()
-        beyond = needed + torch.poisson(torch.full(needed.shape, self.config.extra), generator=generator).long()
-        paper = sample_depth(self.mean_depth, generator, len(problems))
-        depths = torch.where((kind < self.config.early) & (needed > 1), early, beyond)
-        return torch.where(kind >= 1 - self.config.random, paper, depths)
+    def __init__(self, model: RecurrentDepthLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, reads: set[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run max(reads) recurrence steps with gradient; read and ask after each of `reads`.
+
+        Returns the loss, the mean cross-entropy of deep tokens plus a fifth of that of the others, over the readings;
+        the state (B, T, d); and which deep tokens the last reading got right, (B, T) bool.  Of several processes each
+        returns its share of the loss of the whole batch.
+        """
+        e, s, loss = self.model.prelude(batch.read()), batch.state, 0.0
+        for i in range(1, max(reads) + 1):
+            s = s.where(batch.frozen[..., None], self.model.recur(s, e))
+            if i in reads:
+                logits = self.model.coda(s)  # (B, T, V)
+                for labels, weight in zip(batch.labels(i), (1.0, TEMPLATE), strict=True):
+                    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+                    loss = loss + weight * total / processes.total((labels != IGNORE).sum()).clamp(min=1) / len(reads)
+        return loss, s.detach(), logits.argmax(-1) == batch.labels(max(reads))[0]
 
 
 @torch.inference_mode()
@@ -308,137 +273,3 @@ def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_step
         guesses = model(tokens, num_steps=num_steps).logits.argmax(-1)  # (B, T)
         right = ((guesses == labels) | (labels == IGNORE)).all(dim=1).float().sum()
     return processes.total(right).item() / len(problems)
-
-
-def train(model: RecurrentDepthLM, config: TrainingConfig, folder: str | Path, until: int | None = None) -> list[dict]:
-    """Train `model` in place and return the log; `folder` gets the log, resumable state and the checkpoint.
-
-    If `folder` holds a run of the same configuration, it is continued where it was last saved; a run of
-    another configuration is a ValueError.  A run that is killed loses what it did since the last save.
-    until: stop after this step, for now or for good; what is planned for later steps stays as it is.
-
-    Processes that have met (`minirec.processes`) train one model together: each runs its share of the rows of the same
-    batches, so that their number changes nothing but rounding, and a run may be resumed by another number of them.
-    All read the folder, and the first one alone writes to it.  ValueError if a batch may have fewer rows than there
-    are processes.
-    """
-    end = config.steps if until is None else until
-    if not 1 <= end <= config.steps:
-        raise ValueError(f"until is {until}; it must be from 1 to steps, here {config.steps}")
-    if model.config.padded_vocab_size < (needed := task_tokenizer().get_vocab_size()):
-        raise ValueError(f"vocab_size is {model.config.vocab_size}; the tasks' tokenizer needs {needed}")
-    data, (rank, world) = Batches(config, model.config.mean_recurrence), processes.place()
-    fewest = min(data.rows(family, tasks.FAMILIES[family]) for family in config.families) if world > 1 else 1
-    if fewest < world:
-        raise ValueError(
-            f"batch_tokens is {config.batch_tokens}, too few for a row for each of {world} processes: a batch may have "
-            f"{fewest}"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    device = model.device
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    first, log, running = _resume(model, optimizer, config, folder)
-    objective = Objective(model)
-    if world > 1:
-        objective = DistributedDataParallel(objective)
-    held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}
-    started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
-
-    def line(done: int) -> dict:
-        loss, seconds = sum(running) / len(running), round(spent + time.perf_counter() - started, 1)
-        return {"step": done, "loss": loss, "rate": config.rate(done - 1), "seconds": seconds}
-
-    def measured() -> dict:
-        return {family: exact_match(model, problems) for family, problems in held_out.items()}
-
-    model.train()
-    for step in tqdm(range(first, end), initial=first, total=end, disable=True if rank else None):
-        tokens, labels, depths = (t.to(device) for t in data[step])
-        # dealt out from the deepest on, so that all processes have about the same to do
-        own = depths.argsort(descending=True, stable=True)[rank::world].sort().values
-        positions = torch.arange(tokens.shape[1], device=device).expand(len(own), -1)
-        state = model.initial_state(positions, seed=config.run(step) * len(tokens) + own[:, None])
-        backprop = model.config.mean_backprop_depth
-        batch = tokens[own], labels[..., own, :], depths[own], backprop, state, data.reads(step, backprop)
-        loss = objective(*batch, (labels, depths) if world > 1 else None)
-        optimizer.zero_grad()
-        (loss * world).backward()  # the gradients of the shares add up, and DistributedDataParallel takes their mean
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        optimizer.step()
-
-        running.append(processes.total(loss).item())
-        done = step + 1
-        if done % config.log_every == 0 or done == end:
-            log.append(line(done) | (measured() if done % config.evaluate_every == 0 or done == end else {}))
-            running = []
-        if rank == 0 and (done % config.save_every == 0 or done == end):
-            _save(model, optimizer, config, folder, done, log, running)
-    if first >= end:  # it had come so far before
-        log += [line(first)] if running else []
-        log[-1] |= {} if held_out.keys() <= log[-1].keys() else measured()
-    model.eval()
-    if rank == 0:
-        model.save_pretrained(folder / "checkpoint")
-    return log
-
-
-def _save(model, optimizer, config: TrainingConfig, folder: Path, step: int, log: list[dict], running: list) -> None:
-    """Write log and state, each whole or not at all; the state's metadata says which run and step it is."""
-
-    def write_log(part: str) -> None:
-        with open(part, "w", newline="") as f:
-            writer = csv.DictWriter(f, ["step", "loss", "rate", "seconds", *dict.fromkeys(config.families)])
-            writer.writeheader()
-            writer.writerows(log)
-
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"weight.{name}"] = p.detach().contiguous()
-        if p.requires_grad:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = optimizer.state[p][moment].contiguous()
-    run = {
-        "step": str(step),
-        "running": json.dumps(running),
-        "training": json.dumps(asdict(config)),
-        "model": json.dumps(model.config.to_dict()),
-    }
-    # the log first: one that is ahead of the state is cut back
-    checkpoint.write_whole(folder / "log.csv", write_log)
-    checkpoint.write_whole(folder / "state.safetensors", lambda part: save_file(tensors, part, metadata=run))
-
-
-def _resume(model, optimizer, config: TrainingConfig, folder: Path) -> tuple[int, list[dict], list[float]]:
-    """Put weights and moments back as they were last saved; returns step, log, and losses not yet logged."""
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0, [], []
-    with checkpoint.opened(path) as f:
-        run = f.metadata() or {}
-        ours = {"training": json.dumps(asdict(config)), "model": json.dumps(model.config.to_dict())}
-        for what, value in ours.items():
-            if run.get(what) != value:
-                raise ValueError(f"{path} is of another run: its {what} is {run.get(what)}, this one's is {value}")
-        step = int(run["step"])
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(f.get_tensor(f"weight.{name}"))
-                if not p.requires_grad:
-                    continue
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(step), device=p.device),
-                    "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),
-                    "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p.device),
-                }
-    with open(folder / "log.csv", newline="") as f:
-        log = [{k: float(v) if k != "step" else int(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    return step, [row for row in log if row["step"] <= step], json.loads(run["running"])
