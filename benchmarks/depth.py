@@ -96,7 +96,7 @@ def figure(found: dict, path: str) -> None:
     """Accuracy against depth, one panel a family."""
     import matplotlib.pyplot as plt
 
-    from minirec import plots
+    from minirec import figures as plots
 
     families = [f for f in tasks.FAMILIES if name_of(f, tasks.FAMILIES[f][0]) in found]
     fig, axes = plt.subplots(1, len(families), figsize=(12, 3.4), sharey=True, squeeze=False, layout="constrained")

@@ -22,6 +22,7 @@ import torch
 from timing import in_words, machine, table, write_json
 
 from minirec import RecurrentConfig, RecurrentDepthLM, tasks, training
+from minirec.files.run import Run
 from minirec.training import TrainingConfig
 
 FAMILY = "automaton"
@@ -77,7 +78,7 @@ def run(name: str, steps: int, seed: int, n: int) -> dict:
         state_half += identity * torch.eye(model.config.n_embd)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(tasks.FAMILIES, {FAMILY: LEVELS}):
-        log = training.train(model, config, folder)
+        log = training.train(model, config, Run(folder))
     minutes, exact = (time.perf_counter() - started) / 60, {}
     for level in LEVELS:
         problems = tasks.heldout(n, family=FAMILY, level=level)

@@ -231,7 +231,7 @@ def figure(families: dict[str, dict], path: str) -> None:
     """Exact match against tokens per second, a panel a family."""
     import matplotlib.pyplot as plt
 
-    from minirec import plots
+    from minirec import figures as plots
 
     fig, axes = plt.subplots(1, len(families), figsize=(5.2 * len(families), 4.4), squeeze=False, layout="constrained")
     for ax, (family, found) in zip(axes[0], families.items(), strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirec.cli import cpu_name
+from minirec.files.machine import cpu_name
 
 
 def machine() -> dict:

@@ -21,7 +21,9 @@ Notebook: 01_recurrent_block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,10 @@ class RecurrentDepthLM(nn.Module):
     values (`minirec.decoding`), and is tested to give the same numbers.
     """
 
+    # Reading and writing files is above this module, so the package attaches these two (minirec/__init__.py).
+    from_pretrained: ClassVar[Callable[..., RecurrentDepthLM]]
+    save_pretrained: Callable[..., None]
+
     def __init__(self, config: RecurrentConfig):
         super().__init__()
         self.config = config
@@ -262,16 +268,3 @@ class RecurrentDepthLM(nn.Module):
         if num_steps < 0:
             raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
         return num_steps
-
-    @classmethod
-    def from_pretrained(cls, name: str, **options) -> RecurrentDepthLM:
-        """Load a checkpoint: `"tiny"` (shipped), a folder, or a hub id; see `minirec.checkpoint.load`."""
-        from minirec import checkpoint
-
-        return checkpoint.load(name, **options)
-
-    def save_pretrained(self, folder, **options) -> None:
-        """Write a checkpoint that this class and the official one read; see `minirec.checkpoint.save`."""
-        from minirec import checkpoint
-
-        checkpoint.save(self, folder, **options)

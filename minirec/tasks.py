@@ -24,6 +24,11 @@ changes to one number and writes every one of them down, so no token needs much 
 
 A problem belongs to the training or to the held-out split by a hash of its text, so the two can never share one.
 Levels above the trained ones are held out altogether.
+
+The task vocabulary is a few dozen whole words, the ten digits and 40 letters that name places: numbers are written
+digit by digit, so that arithmetic has to be done and cannot be looked up.  The ">" of an arrow like k>c is for the
+reader; the tokenizer drops it, and the model sees the letters k c.  The vocabulary is stored as an ordinary
+`tokenizer.json`, the same file that published checkpoints carry, so one loading path serves both.
 """
 
 from __future__ import annotations
@@ -36,7 +41,50 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 
-from minirec.tokenizer import BEGIN, END, LETTERS, NAMES, ORDINALS, THINGS, task_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+SPECIAL = ["<pad>", "<begin>", "<end>"]
+PUNCTUATION = list(".,?+-*/=")
+DIGITS = list("0123456789")
+ORDINALS = ["First", "Then", "Next", "Later", "Finally"]
+NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Sam", "Eva", "Max"]
+THINGS = ["pears", "plums", "cards", "coins", "books", "shells", "stamps", "beads"]
+WORDS = (
+    "has buys finds gives eats loses sells doubles triples gets half of the to from than more fewer away "
+    "so How many does have The answer is Run steps Follow"
+).split()
+LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN")
+VOCABULARY = SPECIAL + PUNCTUATION + DIGITS + ORDINALS + NAMES + THINGS + WORDS + LETTERS
+VOCABULARY += (
+    "brings takes twice as Report Tell Say Largest From arrows lead place and end last places at Whoever starts ends "
+    "follows all"
+).split()
+
+PAD, BEGIN, END = range(3)
+
+
+def task_tokenizer() -> Tokenizer:
+    """The tokenizer of the task vocabulary; `decode` puts numbers and punctuation back together."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(">", "removed"),
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex("$"), " "),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
+            decoders.Replace(Regex(r" (?=[.,?])"), ""),
+            decoders.Replace(Regex(" $"), ""),
+        ]
+    )
+    return tokenizer
+
 
 # name -> levels, easiest first: those trained, and harder ones that training never shows
 FAMILIES = {
@@ -74,7 +122,8 @@ class Walks:
     letters: list[str]  # all places; the first ones are those asked for
     queries: int  # how many are asked for
     deepest: int  # arrows from the place that is farthest from its end
-    places: list[list[tuple[str, int]]] = field(default_factory=list)  # after 1, 2, ... steps, of each walk: its place, the largest toll on the way
+    # of each walk after 1, 2, ... steps: where it is, and the largest toll on the way
+    places: list[list[tuple[str, int]]] = field(default_factory=list)
 
 
 @dataclass
@@ -159,11 +208,13 @@ def _forest(rng: random.Random, w: Walks) -> dict[str, str]:
     arrows = list(next_of.items())
     rng.shuffle(arrows)
     return dict(arrows)
+
+
 def _walks(rng: random.Random, family: str, level: int, arrows: tuple[int, int]) -> Problem:
     """A problem about walks of at most `level` arrows, among so many arrows in all."""
-    fewest, most = QUERIES[family]
-    queries = rng.randint(min(fewest, max(arrows) - level - 1), min(most, max(arrows) - level - 1))
-    letters = rng.sample(LETTERS, rng.randint(max(arrows[0], level + queries + 1), arrows[1]))
+    n = max(rng.randint(*arrows), level + 3)
+    fewest, most = (min(q, n // 3, n - level - 1) for q in QUERIES[family])
+    queries, letters = rng.randint(fewest, most), rng.sample(LETTERS, n)
     walks = Walks(rng.choice(list(ASKED[family])), letters, queries, level)
     return _walk_on(rng, family, walks, [(head, 0) for head in letters[:queries]])
 

@@ -29,31 +29,27 @@ draws the whole of it, and only gradients, losses and counts are added up.  Note
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
 import time
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minirec import checkpoint, processes, tasks
+from minirec import tasks
 from minirec.config import number, whole
 from minirec.recurrent_block import RecurrentDepthLM
-from minirec.tokenizer import DIGITS, LETTERS, PAD, task_tokenizer
+from minirec.tasks import PAD, task_tokenizer
 
-IGNORE = -100  # label of a position that carries no loss
+IGNORE = -100  # label of a position that carries no loss; what cross_entropy ignores, too
 KEPT = 8  # states of a family that are kept at once
 OLDEST = 40  # recurrence steps after which a state is dropped
-TEMPLATE = 0.2  # weight of the tokens that are neither a letter nor a digit
+TEMPLATE = 0.2  # weight of the loss of all tokens but the deep ones
 
 
 @dataclass
@@ -64,7 +60,7 @@ class Phase:
     window: int  # recurrence steps of an optimiser step, all with gradient
     arrows: tuple[int, int] = tasks.ARROWS  # fewest and most of a problem
     carried: float = 0.7  # share of the windows that go on from a kept state, if there is one
-    gate: float = 0.6  # a state is kept if more than this share of its letters and digits was right
+    gate: float = 0.6  # a state is kept if more than this share of its deep tokens was right
     rewired: float = 0.5  # share of its rows that get other arrows
     anew: float = 0.0  # share of the carried windows in which the prompt begins anew, from noise
     frozen: float = 0.0  # share of the fresh windows in which part of the text is finished first
@@ -73,11 +69,14 @@ class Phase:
 
 
 PHASES = (
-    Phase(("hops",), window=1, arrows=(5, 6), carried=0.0),
-    Phase(("hops",), window=1, arrows=(5, 6), gate=0.3, rewired=1.0, anew=1.0),
-    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5),
+    # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
+    Phase(("hops",), window=1, arrows=(6, 7), carried=0.0),
+    Phase(("hops",), window=1, arrows=(6, 7), gate=0.3, rewired=1.0, anew=1.0, learned=0.8),
+    # more arrows, and the prompt's own state carried too
+    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.85),
     Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
-    Phase(("hops", "tolls", "reports", "automaton", "words"), window=4, steps=12_000, frozen=0.3, learned=2.0),
+    # all families
+    Phase(("hops", "tolls", "reports", "automaton", "words"), window=4, frozen=0.3, learned=2.0, steps=12_000),
 )
 
 
@@ -101,6 +100,37 @@ class TrainingConfig:
     evaluate_every: int = 2000
     evaluate_on: int = 64  # held-out problems
     save_every: int = 500
+
+    def __post_init__(self):
+        self.seed = whole("seed", self.seed, 0, 2**32 - 1)
+        for item in fields(self):  # as Python's own, so that a run is the same run whoever made its numbers
+            name, value = item.name, getattr(self, item.name)
+            if item.type == "float":
+                setattr(self, name, number(name, value))
+            elif item.type == "int" and name != "seed":
+                setattr(self, name, whole(name, value, 1))
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+        for name in ("decay", "hardest", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        self.phases = tuple(self.phases)
+        if not self.phases:
+            raise ValueError("phases is empty; it must have one at least")
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """All families of the schedule, in the order in which they join."""
+        return tuple(dict.fromkeys(f for phase in self.phases for f in phase.families))
+
+    def rate(self, step: int, progress: Progress) -> float:
+        """The learning rate of a step: warm-up, plateau, and linear to zero at the end of the last phase."""
+        down = 1.0
+        if progress.phase == len(self.phases) - 1:
+            steps = self.phases[-1].steps
+            down = (steps - (step - progress.began)) / max(1.0, self.decay * steps)
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, down)
 
 
 def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: float = 0.5) -> Tensor:
@@ -169,7 +199,9 @@ class Batch:
         for row, p in enumerate(self.problems):
             deep[row, [len(p.prompt) - 1 + i for i in p.deep]] = True
         labels = labels.where(~self.frozen.cpu(), IGNORE)
-        return labels.where(deep & self.sure.cpu(), IGNORE).to(self.state.device), labels.where(~deep, IGNORE).to(self.state.device)
+        return labels.where(deep & self.sure.cpu(), IGNORE).to(self.state.device), labels.where(~deep, IGNORE).to(
+            self.state.device
+        )
 
 
 def fresh(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, family: str, step: int) -> Batch:
@@ -184,7 +216,7 @@ def fresh(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, family:
         level = levels[-1] if rng.random() < config.hardest else rng.choice(levels)
         problems.append(tasks.draw(rng, "train", family, level, arrows))
         size = max(size, len(problems[-1].prompt + problems[-1].target))
-    rank, world = processes.place()
+    rank, world = place()
     rows = list(range(len(problems)))[rank::world]
     problems = problems[rank::world]
     shape = batch_of(problems)[0].shape
@@ -233,6 +265,27 @@ def rewire(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, batch:
     return batch
 
 
+def settle(batch: Batch, guesses: Tensor, window: int) -> float:
+    """Put the end of a window down in its batch; returns the share of deep tokens that were right.
+
+    A token that missed a stage can't be asked for the next one, since where it went is not known; a wrong answer of a
+    problem of one stage can still be put right.
+    """
+    due = batch.labels(window)[0]
+    right = (guesses == due) & (due != IGNORE)
+    one_stage = torch.tensor([len(p.stages) == 1 for p in batch.problems], device=due.device)
+    batch.sure &= right | (due == IGNORE) | one_stage[:, None]
+    batch.ran = [ran + window for ran in batch.ran]
+    batch.age += window
+    return (total(right.sum()) / total((due != IGNORE).sum()).clamp(min=1)).item()
+
+
+def phase_is_over(phase: Phase, steps: int, right: dict[str, float]) -> bool:
+    """Whether a phase that has run so many steps ends: by what was learned, or since it has had enough."""
+    names = [name for f in phase.families for name in ([f, f"{f} carried"] if phase.carried else [f])]
+    return steps >= phase.steps or all(right.get(name, 0.0) > phase.learned for name in names)
+
+
 class Objective(torch.nn.Module):
     """The loss of a window, as the module that DistributedDataParallel wants to be called through."""
 
@@ -244,8 +297,8 @@ class Objective(torch.nn.Module):
         """Run max(reads) recurrence steps with gradient; read and ask after each of `reads`.
 
         Returns the loss, the mean cross-entropy of deep tokens plus a fifth of that of the others, over the readings;
-        the state (B, T, d); and which deep tokens the last reading got right, (B, T) bool.  Of several processes each
-        returns its share of the loss of the whole batch.
+        the state (B, T, d); and what the last reading guessed, (B, T) int64.  Of several processes each returns its
+        share of the loss of the whole batch.
         """
         e, s, loss = self.model.prelude(batch.read()), batch.state, 0.0
         for i in range(1, max(reads) + 1):
@@ -253,9 +306,22 @@ class Objective(torch.nn.Module):
             if i in reads:
                 logits = self.model.coda(s)  # (B, T, V)
                 for labels, weight in zip(batch.labels(i), (1.0, TEMPLATE), strict=True):
-                    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-                    loss = loss + weight * total / processes.total((labels != IGNORE).sum()).clamp(min=1) / len(reads)
-        return loss, s.detach(), logits.argmax(-1) == batch.labels(max(reads))[0]
+                    missed = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                    loss = loss + weight * missed / total((labels != IGNORE).sum()).clamp(min=1) / len(reads)
+        return loss, s.detach(), logits.argmax(-1)
+
+
+def place() -> tuple[int, int]:
+    """Which process this is, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all processes, each of which has to ask for it; on the device of x, without a gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 @torch.inference_mode()
@@ -266,10 +332,104 @@ def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_step
     solution's own tokens before it; so nothing has to be generated.  Under torchrun each process looks at its share of
     the problems, so all have to call this, and all get the whole answer.
     """
-    rank, world = processes.place()
+    rank, world = place()
     right = torch.zeros((), device=model.device)
     if own := problems[rank::world]:
         tokens, labels = (t.to(model.device) for t in batch_of(own))
         guesses = model(tokens, num_steps=num_steps).logits.argmax(-1)  # (B, T)
         right = ((guesses == labels) | (labels == IGNORE)).all(dim=1).float().sum()
-    return processes.total(right).item() / len(problems)
+    return total(right).item() / len(problems)
+
+
+@dataclass
+class Progress:
+    """Where in its schedule a run is: what resuming needs besides weights, moments and the step."""
+
+    phase: int = 0
+    began: int = 0  # the step at which the phase began
+    losses: list[float] = field(default_factory=list)  # not yet logged
+    right: dict[str, float] = field(default_factory=dict)  # running share of deep tokens right in this phase
+
+
+def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int | None = None) -> list[dict]:
+    """Train `model` in place and return the log, one row every `log_every` steps.
+
+    run: a `minirec.files.run.Run`, the folder that gets the log, resumable state and the checkpoint; None keeps
+    nothing.  If the folder holds a run of the same configuration, training continues from its last save; a run of
+    another configuration is a ValueError.  A run that is killed loses what it did since the last save.
+    until: stop after this step, a multiple of `save_every`, for now or for good; the rest stays as it is planned.
+
+    Processes that torchrun started (`minirec.tools.processes`) train one model together: each runs its share of the
+    rows of the same batches, so their number changes nothing but rounding, and a run may be resumed by another number
+    of them.  All read the folder; only the first writes to it.
+    """
+    longest = sum(phase.steps for phase in config.phases)
+    if until is not None and (until < 1 or until % config.save_every):
+        raise ValueError(f"until is {until}; it must be a multiple of save_every, here {config.save_every}")
+    if model.config.padded_vocab_size < (needed := task_tokenizer().get_vocab_size()):
+        raise ValueError(f"vocab_size is {model.config.vocab_size}; the tasks' tokenizer needs {needed}")
+    rank, world = place()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    step, log, progress = run.resume(model, optimizer, config) if run else (0, [], {})
+    progress = Progress(**progress)
+    objective = Objective(model)
+    if world > 1:
+        objective = DistributedDataParallel(objective)
+    held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}
+    started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
+    kept: dict[str, list[Batch]] = {f: [] for f in config.families}
+    model.train()
+    bar = tqdm(initial=step, total=longest if until is None else until, disable=True if rank else None)
+    while progress.phase < len(config.phases) and step != until:
+        phase = config.phases[progress.phase]
+        family = phase.families[step % len(phase.families)]
+        rng = random.Random(f"{config.seed} {step}")
+        if kept[family] and rng.random() < phase.carried:
+            name, batch = f"{family} carried", kept[family].pop(rng.randrange(len(kept[family])))
+            rewire(model, config, phase, batch, step)
+        else:
+            name, batch = family, fresh(model, config, phase, family, step)
+        reads = {phase.window, rng.randint(1, phase.window)}
+        loss, batch.state, guesses = objective(batch, reads)
+        optimizer.zero_grad()
+        (loss * world).backward()  # the gradients of the shares add up, and DistributedDataParallel takes their mean
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step, progress)
+        optimizer.step()
+        step += 1
+        bar.update()
+
+        share = settle(batch, guesses, phase.window)
+        if share > phase.gate and batch.age < OLDEST and len(kept[family]) < KEPT:
+            kept[family].append(batch)
+        before = progress.right.get(name, 0.0)
+        progress.right[name] = before + 0.05 * (share - before)
+        progress.losses.append(total(loss).item())
+        logged = step % config.log_every == 0 or step == until
+        if logged:
+            row = {"step": step, "phase": progress.phase + 1, "loss": sum(progress.losses) / len(progress.losses)}
+            row |= {"rate": optimizer.param_groups[0]["lr"], "seconds": round(spent + time.perf_counter() - started, 1)}
+            log.append(row | {f"{n} in training": share for n, share in progress.right.items()})
+            progress.losses = []
+        if phase_is_over(phase, step - progress.began, progress.right):
+            progress = Progress(progress.phase + 1, step, progress.losses)
+            kept = {f: [] for f in config.families}
+        over = progress.phase == len(config.phases)
+        if over or (logged and step % config.evaluate_every == 0):
+            log[-1] |= {f: exact_match(model, problems) for f, problems in held_out.items()}
+        if step % config.save_every == 0 or over:
+            kept = {f: [] for f in config.families}
+            if run and rank == 0:
+                run.save(model, optimizer, config, step, log, asdict(progress))
+    bar.close()
+    model.eval()
+    if run and rank == 0:
+        run.finish(model)
+    return log

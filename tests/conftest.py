@@ -23,7 +23,7 @@ settings.load_profile("minirec")
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """`torchrun("-m", "minirec.cli", ...)`: what two processes of this print and return, once both have ended."""
+    """`torchrun("-m", "minirec.tools.cli", ...)`: what two processes of this print and return, once both have ended."""
 
     def run(*command: str) -> subprocess.CompletedProcess:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

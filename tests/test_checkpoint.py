@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minirec
-from minirec import RecurrentConfig, RecurrentDepthLM, checkpoint
+from minirec import RecurrentConfig, RecurrentDepthLM
+from minirec.files import checkpoint
 
 WTE, NORM = "transformer.wte.weight", "transformer.ln_f.weight"
 
@@ -481,7 +482,7 @@ def test_free_memory_of_the_cpu():
 
 PEAK = """
 import sys, torch
-from minirec import checkpoint
+from minirec.files import checkpoint
 
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
@@ -645,7 +646,8 @@ def test_a_made_checkpoint_in_another_number_format(shape, tmp_path):
 def test_json_is_utf_8_whatever_the_locale(tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes('{"bos_token": "é"}'.encode())
     code = (
-        "import sys; from pathlib import Path; from minirec.checkpoint import read_json; read_json(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from minirec.files.checkpoint import read_json;"
+        "read_json(Path(sys.argv[1]))"
     )
     plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "tokenizer_config.json"], env=plain, check=True)

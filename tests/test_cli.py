@@ -24,23 +24,22 @@ from minirec import (
     RecurrentConfig,
     RecurrentDepthLM,
     autoregressive,
-    checkpoint,
-    cli,
     diffusion_forcing,
     lossless_wavefront,
     tasks,
     training,
 )
-from minirec.kv_cache import bytes_per_token
-from minirec.tokenizer import (
-    BEGIN,
+from minirec.files import checkpoint, machine
+from minirec.files.tokenizer import (
     HUGINN_TEMPLATE,
     ChatTemplate,
     huginn_special_ids,
     read_tokenizer,
     stand_in_tokenizer,
-    task_tokenizer,
 )
+from minirec.kv_cache import bytes_per_token
+from minirec.tasks import BEGIN, task_tokenizer
+from minirec.tools import cli
 
 STORY = "Mia has 12 pears. First Mia buys 5 more pears. How many pears does Mia have?"
 FEW_STEPS = "--steps 3 --batch-tokens 250 --evaluate-on 4 --log-every 1 --save-every 1 --families words hops".split()
@@ -387,7 +386,7 @@ def test_make_checkpoint_into_the_folder_where_one_is(minirec_, tmp_path, monkey
 
 
 def test_a_terminal_that_cannot_show_a_token_gets_something_else(talker):
-    command = [sys.executable, "-m", "minirec.cli", "generate", "--model", talker, "x", "--seed", "3"]
+    command = [sys.executable, "-m", "minirec.tools.cli", "generate", "--model", talker, "x", "--seed", "3"]
     command += ["--temperature", "1", "--max-new-tokens", "8"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert done.returncode == 0 and b"?" in done.stdout, done.stderr
@@ -574,7 +573,7 @@ def test_info_reads_no_weights(minirec_, folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "_put", lambda *args: pytest.fail("a weight was read"))
     config = checkpoint.read_config(folder)
     size = (folder / "model.safetensors").stat().st_size
-    assert f"{checkpoint.readable(size)} in 1 file(s), float32" in minirec_("info", folder)[1]
+    assert f"{machine.readable(size)} in 1 file(s), float32" in minirec_("info", folder)[1]
     (folder / "model.safetensors").unlink()  # as of a hub repository, of which only the small files are fetched
     code, out, _ = minirec_("info", folder)
     count = sum(p.numel() for p in RecurrentDepthLM(config).parameters())
@@ -603,10 +602,10 @@ def test_info_counts_what_fits(minirec_):
 
 
 def test_info_of_a_device(minirec_, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 3 * 2**30)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 3 * 2**30)
     out = minirec_("info", "--device", "cpu", "--memory", "2GiB")[1]
     assert "3.00 GiB free on cpu" in out and "fit in 2.00 GiB" in out
-    monkeypatch.setattr(checkpoint, "free_memory", lambda device: None)
+    monkeypatch.setattr(machine, "free_memory", lambda device: None)
     assert_one_error(minirec_("info", "--device", "cpu"), "'cpu'", "--memory")
 
 
@@ -905,7 +904,7 @@ def test_ctrl_c_while_drawing_leaves_the_old_picture_whole(minirec_, tmp_path, m
 
 
 def process(*args, **options):
-    command = [sys.executable, "-m", "minirec.cli", *args]
+    command = [sys.executable, "-m", "minirec.tools.cli", *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 

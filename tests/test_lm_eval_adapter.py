@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, checkpoint, diffusion_forcing, tasks
+from minirec import RecurrentDepthLM, adaptive_exit, autoregressive, diffusion_forcing, tasks
 from minirec.config import RecurrentConfig
-from minirec.tokenizer import HUGINN_TEMPLATE, huginn_special_ids, stand_in_tokenizer, task_tokenizer
+from minirec.files import checkpoint
+from minirec.files.tokenizer import HUGINN_TEMPLATE, huginn_special_ids, stand_in_tokenizer
+from minirec.tasks import task_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval'; make test-eval installs it")
 
@@ -17,8 +19,8 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from minirec import lm_eval_adapter
-from minirec.lm_eval_adapter import MinirecLM
+from minirec.tools import lm_eval_adapter
+from minirec.tools.lm_eval_adapter import MinirecLM
 
 ROOM = 130  # tokens that hold any solution
 PROBLEMS = tasks.heldout(3, seed=3) + tasks.heldout(2, seed=3, level=6)  # some are right, some are not
@@ -256,7 +258,7 @@ def test_exact_match_of_the_harness_is_our_own_count(model, task_folder, tmp_pat
 def test_two_processes_have_the_results_of_one(task_folder, tmp_path, monkeypatch, torchrun):
     # 3 of the problems: one process has one more than the other, which repeats one in its stead
     command = [*COMMAND, "pretrained=tiny", "--include_path", str(task_folder), "--limit", "3", "--output_path"]
-    two = torchrun("-m", "minirec.lm_eval_adapter", *command, str(tmp_path / "two"))
+    two = torchrun("-m", "minirec.tools.lm_eval_adapter", *command, str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("|minirec_words|") == 1, "one process reports"
     monkeypatch.setattr(sys, "argv", ["lm_eval", *command, str(tmp_path / "one")])

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
-from minirec import plots
+from minirec import figures as plots
 from minirec.continuous_batching import Pass, Stage
 from minirec.decoding import Generation, OuterStep
 

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minirec import RecurrentDepthLM, cli, processes, tasks, training
+from minirec import RecurrentDepthLM, tasks, training
+from minirec.files.run import Run
+from minirec.tools import cli, processes
 from minirec.training import IGNORE, TrainingConfig, depth_loss, exact_match
 
 TRAIN = (
@@ -19,7 +21,9 @@ TRAIN = (
 # as `minirec`, but process 1 writes nothing and gives up in the middle of step 5
 GIVES_UP = """
 import os, sys
-from minirec import checkpoint, cli, training
+from minirec import training
+from minirec.files import checkpoint
+from minirec.tools import cli
 loss, calls = training.depth_loss, []
 def gives_up(*args):
     calls.append(1)
@@ -41,7 +45,7 @@ def runs(tmp_path_factory, torchrun):
     (folder / "gives_up.py").write_text(GIVES_UP)
     interrupted = torchrun("--", str(folder / "gives_up.py"), *TRAIN, "--out", str(folder / "two"))
     left = sorted(path.name for path in (folder / "two").iterdir())
-    finished = torchrun("-m", "--", "minirec.cli", *TRAIN, "--out", str(folder / "two"))
+    finished = torchrun("-m", "--", "minirec.tools.cli", *TRAIN, "--out", str(folder / "two"))
     assert cli.main([*TRAIN, "--out", str(folder / "one")]) == 0
     return folder / "one", folder / "two", interrupted, left, finished
 
@@ -93,7 +97,7 @@ def test_one_of_two_processes_writes_and_reports(runs):
 
 
 def as_process(monkeypatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(processes, "place", lambda: (rank, world))
+    monkeypatch.setattr(training, "place", lambda: (rank, world))
 
 
 @given(
@@ -153,7 +157,7 @@ def test_every_row_is_run_by_one_process_and_the_deepest_rows_by_different_ones(
         for rank in range(world):
             as_process(monkeypatch, rank, world)
             with pytest.raises(KeyboardInterrupt):
-                training.train(model, config, tmp_path)
+                training.train(model, config, Run(tmp_path))
     (whole, *shares) = dealt
     assert torch.equal(whole[0], tokens) and torch.equal(whole[1], labels) and torch.equal(whole[2], depths)
 
@@ -168,13 +172,13 @@ def test_every_row_is_run_by_one_process_and_the_deepest_rows_by_different_ones(
 def test_a_batch_that_is_too_small_for_the_processes_is_refused_before_any_work(monkeypatch, tmp_path):
     as_process(monkeypatch, 0, 64)
     with pytest.raises(ValueError, match=r"batch_tokens is 3000, too few .* 64 processes: a batch may have \d+"):
-        training.train(RecurrentDepthLM.from_pretrained("tiny"), TrainingConfig(), tmp_path / "none")
+        training.train(RecurrentDepthLM.from_pretrained("tiny"), TrainingConfig(), Run(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
 def test_without_torchrun_there_is_one_process():
     assert processes.join("cpu") == torch.device("cpu")
-    assert processes.place() == (0, 1)
+    assert training.place() == (0, 1)
     x = torch.tensor(3.0)
-    assert processes.total(x) == 3 and processes.total(x) is not x
+    assert training.total(x) == 3 and training.total(x) is not x
     processes.leave()

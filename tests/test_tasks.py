@@ -9,8 +9,7 @@ from itertools import islice
 import pytest
 
 from minirec import RecurrentConfig, tasks
-from minirec.tasks import CELLS, FAMILIES, HARDER, WAYS, Problem
-from minirec.tokenizer import BEGIN, END, LETTERS, ORDINALS, PAD, task_tokenizer
+from minirec.tasks import BEGIN, CELLS, END, FAMILIES, HARDER, LETTERS, ORDINALS, PAD, WAYS, Problem, task_tokenizer
 
 # "Then Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears"
 LINE = re.compile(r"(\w+) (.*), so (\w+) has (\d+) ([-+*/]) (\d+) = (\d+) (\w+)")

@@ -8,21 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from minirec import RecurrentConfig, checkpoint, tokenizer
-from minirec.tokenizer import (
-    BEGIN,
-    DIGITS,
-    END,
+from minirec import RecurrentConfig
+from minirec.files import checkpoint
+from minirec.files.tokenizer import (
     HUGINN_TEMPLATE,
-    LETTERS,
-    PAD,
-    VOCABULARY,
     ChatTemplate,
     huginn_special_ids,
     read_tokenizer,
     stand_in_tokenizer,
-    task_tokenizer,
 )
+from minirec.tasks import BEGIN, DIGITS, END, LETTERS, PAD, VOCABULARY, task_tokenizer
 
 WORDS = [w for w in VOCABULARY if w.isalpha()]
 
@@ -125,7 +120,7 @@ def test_every_prefix_can_be_decoded():
 def test_an_unknown_word_is_padding():
     """So whoever takes text from a user has to look: `minirec generate` names the word."""
     assert task_tokenizer().encode("Mia has grapes").ids[-1] == PAD
-    assert tokenizer.task_tokenizer().model.unk_token == "<pad>"
+    assert task_tokenizer().model.unk_token == "<pad>"
 
 
 # ---- a tokenizer in the layout of Huginn's

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minirec import RecurrentConfig, RecurrentDepthLM, autoregressive, tasks, training
-from minirec.tokenizer import END, PAD, task_tokenizer
+from minirec.files.run import Run
+from minirec.tasks import END, PAD, task_tokenizer
 from minirec.training import (
     IGNORE,
     POOL,
@@ -589,7 +590,7 @@ def without_times(log: list[dict]) -> list[dict]:
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory):
     model, folder = fresh_model(), tmp_path_factory.mktemp("straight")
-    log = training.train(model, TrainingConfig(**RUN), folder)
+    log = training.train(model, TrainingConfig(**RUN), Run(folder))
     return model, log, folder
 
 
@@ -619,7 +620,7 @@ def test_each_family_is_measured_on_problems_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "exact_match", count)
     settings = dict(steps=2, log_every=1, evaluate_every=1, evaluate_on=5, families=("hops", "automaton", "hops"))
-    log = training.train(fresh_model(), TrainingConfig(**(RUN | settings)), tmp_path)
+    log = training.train(fresh_model(), TrainingConfig(**(RUN | settings)), Run(tmp_path))
     assert [(row["hops"], row["automaton"]) for row in log] == [(0.75, 0.5)] * 2
     assert measured == [("hops", 5), ("automaton", 5)] * 2
     assert (tmp_path / "log.csv").read_text().startswith("step,loss,rate,seconds,hops,automaton\n")
@@ -630,7 +631,7 @@ def test_a_run_is_a_plain_loop_over_its_batches(tmp_path, monkeypatch):
     settings = RUN | dict(steps=5, gradient_clip=0.3, weight_decay=0.2, learning_rate=0.01)
     config, model, seen, loss = TrainingConfig(**settings), fresh_model(), [], depth_loss
     monkeypatch.setattr(training, "depth_loss", lambda *args: seen.append(args[1:]) or loss(*args))
-    log = training.train(model, config, tmp_path)
+    log = training.train(model, config, Run(tmp_path))
 
     data, plain, losses = Batches(config, model.config.mean_recurrence), fresh_model(), []
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.2, fused=True)
@@ -671,13 +672,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight_run, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(training, "depth_loss", killed)
         with pytest.raises(KeyboardInterrupt):
-            training.train(fresh_model(), TrainingConfig(**RUN), tmp_path)
+            training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path))
     if log_is_ahead:
         shutil.copy(folder / "log.csv", tmp_path)
     again = fresh_model()
     with torch.no_grad():
         again.transformer.wte.weight.zero_()  # what it starts from does not matter: the saved weights come back
-    log_again = training.train(again, TrainingConfig(**RUN), tmp_path)
+    log_again = training.train(again, TrainingConfig(**RUN), Run(tmp_path))
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert without_times(log_again) == without_times(log)
@@ -686,31 +687,32 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight_run, tmp_path, monkeypat
 def test_a_run_that_was_to_stop_half_way_goes_on_to_the_same_bits(straight_run, tmp_path):
     model, log, _ = straight_run
     other = fresh_model()
-    half = training.train(other, TrainingConfig(**RUN), tmp_path, until=6)
+    half = training.train(other, TrainingConfig(**RUN), Run(tmp_path), until=6)
     assert half[-1]["step"] == 6 and (tmp_path / "checkpoint").is_dir()
     again = fresh_model()
-    whole = training.train(again, TrainingConfig(**RUN), tmp_path)
+    whole = training.train(again, TrainingConfig(**RUN), Run(tmp_path))
     assert {row["step"]: row["loss"] for row in whole}[12] == {row["step"]: row["loss"] for row in log}[12]
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="until is 13; it must be from 1 to steps, here 12"):
-        training.train(fresh_model(), TrainingConfig(**RUN), tmp_path / "none", until=13)
+        training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path / "none"), until=13)
     assert not (tmp_path / "none").exists()
 
 
 def test_a_run_that_has_come_so_far_says_how_far(tmp_path):
     config = TrainingConfig(**RUN | dict(log_every=50, evaluate_every=50, save_every=2))
     with mock.patch.object(training, "exact_match", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        training.train(fresh_model(), config, tmp_path, until=3)  # the last save is of step 2, and nothing was logged
-    log = training.train(fresh_model(), config, tmp_path, until=2)
+        # the last save is of step 2, and nothing was logged
+        training.train(fresh_model(), config, Run(tmp_path), until=3)
+    log = training.train(fresh_model(), config, Run(tmp_path), until=2)
     assert [row["step"] for row in log] == [2] and {"loss", "words", "hops"} <= log[0].keys()
-    assert training.train(fresh_model(), config, tmp_path, until=1)[-1]["step"] == 2
+    assert training.train(fresh_model(), config, Run(tmp_path), until=1)[-1]["step"] == 2
 
 
 def test_a_run_that_has_ended_is_not_measured_again(straight_run, monkeypatch):
     _, log, folder = straight_run
     monkeypatch.setattr(training, "exact_match", lambda *_: pytest.fail("it is in the log"))
-    assert training.train(fresh_model(), TrainingConfig(**RUN), folder) == log
+    assert training.train(fresh_model(), TrainingConfig(**RUN), Run(folder)) == log
 
 
 def test_what_is_frozen_stays_and_a_run_of_it_resumes(tmp_path):
@@ -718,10 +720,10 @@ def test_what_is_frozen_stays_and_a_run_of_it_resumes(tmp_path):
     for until in (6, 12):
         models.append(fresh_model())
         models[-1].transformer.prelude.requires_grad_(False)
-        training.train(models[-1], TrainingConfig(**RUN), tmp_path, until=until)
+        training.train(models[-1], TrainingConfig(**RUN), Run(tmp_path), until=until)
     straight = fresh_model()
     straight.transformer.prelude.requires_grad_(False)
-    training.train(straight, TrainingConfig(**RUN), tmp_path / "straight")
+    training.train(straight, TrainingConfig(**RUN), Run(tmp_path / "straight"))
     fresh = dict(fresh_model().named_parameters())
     for (name, a), b in zip(straight.named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b) and torch.equal(a, fresh[name]) == ("prelude" in name), name
@@ -729,7 +731,7 @@ def test_what_is_frozen_stays_and_a_run_of_it_resumes(tmp_path):
 
 def test_a_model_without_the_tasks_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab_size is 64; the tasks' tokenizer needs 112"):
-        training.train(fresh_model(vocab_size=64), TrainingConfig(**RUN), tmp_path / "none")
+        training.train(fresh_model(vocab_size=64), TrainingConfig(**RUN), Run(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -747,7 +749,7 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(straight_run, 
     folder = straight_run[2]
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=named):
-        training.train(fresh_model(**sizes), TrainingConfig(**(RUN | other)), folder)
+        training.train(fresh_model(**sizes), TrainingConfig(**(RUN | other)), Run(folder))
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
@@ -755,7 +757,7 @@ def test_a_finished_run_is_not_run_again(straight_run, monkeypatch):
     model, log, folder = straight_run
     monkeypatch.setattr(training, "depth_loss", lambda *_: pytest.fail("a step was run"))
     again = fresh_model()
-    assert training.train(again, TrainingConfig(**RUN), folder) == log
+    assert training.train(again, TrainingConfig(**RUN), Run(folder)) == log
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -1,10 +1,10 @@
 """Several processes, one for each GPU: what torchrun starts, and what they have to say to each other.
 
-    torchrun --nproc-per-node 2 -m minirec.cli train --out runs/mine
+    torchrun --nproc-per-node 2 -m minirec.tools.cli train --out runs/mine
 
-runs the same program twice (with `-m -- minirec.cli` before `--start`, which torchrun would take for an option of its
-own).  Each process finds its number, its rank, in the environment, takes its share of the rows or of the problems, and
-adds up with the others what belongs to all.  Without torchrun there is one process of rank 0, and nothing to say.
+runs the same program twice (with `-m -- minirec.tools.cli` before `--start`, which torchrun would take for an
+option of its own).  Each process finds its rank in the environment and takes its share of the rows or of the problems;
+sums over all processes are in `minirec.training`.  Without torchrun there is one process of rank 0, and nothing to say.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 def join(device: str | torch.device) -> torch.device:
@@ -41,16 +40,3 @@ def leave() -> None:
     all of them once one has failed."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def place() -> tuple[int, int]:
-    """Which process this is, from 0, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum over all processes, each of which has to ask for it; on the device of x, without a gradient."""
-    x = x.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x

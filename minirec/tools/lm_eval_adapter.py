@@ -1,6 +1,6 @@
 """The standard benchmarks: a model of lm-eval (EleutherAI's evaluation harness) that decodes with minirec.
 
-    python -m minirec.lm_eval_adapter --model minirec --tasks gsm8k_cot \\
+    python -m minirec.tools.lm_eval_adapter --model minirec --tasks gsm8k_cot \\
         --model_args pretrained=tomg-group-umd/huginn-0125,sampler=diffusion_forcing,dtype=bfloat16
 
 is `lm_eval` with one model more.  Up to 0.4.13 lm-eval sees only models that something has imported; later ones find
@@ -11,8 +11,8 @@ prompts and the metrics; here is what it asks of a model:
     loglikelihood           how likely a continuation is              plain forward passes, `num_steps` deep
     loglikelihood_rolling   how likely a whole text is                the same, one window after the other
 
-Under torchrun (`torchrun --nproc-per-node 2 -m minirec.lm_eval_adapter ...`) lm-eval deals out the problems of a task
-and collects the answers.  Which commands give the tables of arXiv 2510.14961: benchmarks/README.md.
+Under torchrun (`torchrun --nproc-per-node 2 -m minirec.tools.lm_eval_adapter ...`) lm-eval deals out the problems of
+a task and collects the answers.  Which commands give the tables of arXiv 2510.14961: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -35,19 +35,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from minirec import (
-    adaptive_exit,
-    autoregressive,
-    checkpoint,
-    diffusion_forcing,
-    lossless_wavefront,
-    processes,
-    speculative,
-)
-from minirec.cli import DTYPES
+from minirec import adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront, speculative
 from minirec.continuous_batching import MODES, Engine, Stage
 from minirec.decoding import Generation, Options, stop_tokens
-from minirec.tokenizer import ChatTemplate, read_tokenizer
+from minirec.files import checkpoint
+from minirec.files.tokenizer import ChatTemplate, read_tokenizer
+from minirec.tools import processes
+from minirec.training import place
 
 log = logging.getLogger(__name__)
 SAMPLERS = {
@@ -77,10 +71,11 @@ TAKEN |= {"slots", "max_length", "mode", "on_pass", "clock"}
 class MinirecLM(TemplateLM):
     """A checkpoint and a way to decode, for lm-eval; its `--model_args` are the arguments here.
 
-    pretrained, revision, dtype, device: as for `minirec.checkpoint.load`, dtype by name; a GPU that is not there is the
-    CPU, since lm-eval asks for one unless told otherwise.  sampler: the name of a sampler's module.  engine: instead of
-    a sampler, a mode of the batching engine ("depth", "wavefront", ...), with batch_size slots.  num_steps: recurrence
-    steps, for likelihoods too (None: the config's mean_recurrence).  batch_size: prompts decoded or texts read at once.
+    pretrained, revision, dtype, device: as for `minirec.files.checkpoint.load`, dtype by name; a GPU that is not
+    there is the CPU, since lm-eval asks for one unless told otherwise.  sampler: the name of a sampler's module.
+    engine: instead of a sampler, a mode of the batching engine ("depth", "wavefront", ...), with batch_size slots.
+    num_steps: recurrence steps, for likelihoods too (None: the config's mean_recurrence).  batch_size: prompts decoded
+    or texts read at once.
     max_length: tokens of prompt and answer together, at most the model's context, which is what None says; a longer
     prompt loses its beginning.  max_gen_toks: tokens of an answer where the task does not say.  seed: of initial states
     and of sampling; the second answer to the same prompt gets the next one.  options: any other argument of the
@@ -115,12 +110,12 @@ class MinirecLM(TemplateLM):
             raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(map(repr, SAMPLERS))}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
-        if isinstance(dtype, str) and dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
+        if isinstance(dtype, str) and dtype not in checkpoint.DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, checkpoint.DTYPES))}")
         self.options = self._checked(options)
         self.num_steps, self.batch_size, self.seed, self.max_gen_toks = num_steps, int(batch_size), seed, max_gen_toks
         self._device = processes.join("cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device)
-        self._rank, self._world_size = processes.place()
+        self._rank, self._world_size = place()
         self.pretrained, self.folder = pretrained, checkpoint.locate(pretrained, revision)
         self.tokenizer, self.template = read_tokenizer(self.folder), None
         self.model = checkpoint.load(pretrained, device=self._device, dtype=dtype, revision=revision)

@@ -2,7 +2,7 @@
 
     config.json               shape of the network, in the keys of the published Huginn checkpoints
     generation_config.json    stop tokens and decoding defaults (optional)
-    tokenizer.json            see minirec.tokenizer (optional)
+    tokenizer.json            see minirec.files.tokenizer (optional)
     model.safetensors         all weights, or shards model-00001-of-0000N.safetensors with
     model.safetensors.index.json   which says in which shard each tensor lies
 
@@ -31,12 +31,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minirec.config import RecurrentConfig
+from minirec.files.machine import free_memory, is_out_of_memory, readable
 from minirec.recurrent_block import RecurrentDepthLM, rope_table
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHIPPED = ("tiny",)
 SMALL_FILES = ["*.json", "*.jinja"]  # of a hub repository; with the weights, all that is ever downloaded
+DTYPES = ("float32", "bfloat16", "float16")  # what people load weights in
 NUMBER_FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # what else of the family's config keys there is, and the only value that this architecture has
 ARCHITECTURE = {
@@ -113,33 +115,6 @@ def load(
     if generation.exists():
         model.generation_config = read_json(generation)
     return model.eval()
-
-
-def free_memory(device: torch.device | str) -> int | None:
-    """Bytes that can still be had on a device; None where that is not known (neither CUDA nor Linux)."""
-    device = torch.device(device)
-    if device.type == "cuda":  # what PyTorch keeps for reuse counts as free
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    if device.type == "cpu" and Path("/proc/meminfo").exists():
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Is this PyTorch saying that memory is used up?  Outside CUDA it has no error class of its own."""
-    said = ("you tried to allocate", "MPS backend out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
-
-
-def readable(size: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def _too_large(folder: Path, needed: int, dtype: torch.dtype, device, free: int | None) -> MemoryError:

@@ -1,10 +1,5 @@
 """Text to token ids and back, through the `tokenizers` library, for the shipped model and for real checkpoints.
 
-The task vocabulary is a few dozen whole words, the ten digits and 40 letters that name places: numbers are written
-digit by digit, so that arithmetic has to be done and cannot be looked up.  The ">" of an arrow like k>c is for the
-reader; the tokenizer drops it, and the model sees the letters k c.  The vocabulary is stored as an ordinary
-`tokenizer.json`, the same file that published checkpoints carry, so one loading path serves both.
-
 How a conversation is written down is said by the checkpoint too, as a template in `tokenizer_config.json`.  That of
 Huginn-0125 makes a turn of special tokens and the name of who speaks, and calls the model Huginn:
 
@@ -22,53 +17,9 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minirec.checkpoint import read_json
-
-SPECIAL = ["<pad>", "<begin>", "<end>"]
-PUNCTUATION = list(".,?+-*/=")
-DIGITS = list("0123456789")
-ORDINALS = ["First", "Then", "Next", "Later", "Finally"]
-NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Sam", "Eva", "Max"]
-THINGS = ["pears", "plums", "cards", "coins", "books", "shells", "stamps", "beads"]
-WORDS = (
-    "has buys finds gives eats loses sells doubles triples gets half of the to from than more fewer away "
-    "so How many does have The answer is Run steps Follow"
-).split()
-# what later families say; at the end, so that the ids before it stay what they were
-SENTENCES = (
-    "brings takes twice as Report Tell Say Largest From arrows lead place and end last places at Whoever starts ends "
-    "follows all"
-).split()
-LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN")
-VOCABULARY = SPECIAL + PUNCTUATION + DIGITS + ORDINALS + NAMES + THINGS + WORDS + LETTERS + SENTENCES
-
-PAD, BEGIN, END = range(3)
-
-
-def task_tokenizer() -> Tokenizer:
-    """The tokenizer of the task vocabulary; `decode` puts numbers and punctuation back together."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(">", "removed"),
-            pre_tokenizers.Whitespace(),
-            pre_tokenizers.Digits(individual_digits=True),
-        ]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(Regex("$"), " "),
-            decoders.Fuse(),
-            decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
-            decoders.Replace(Regex(r" (?=[.,?])"), ""),
-            decoders.Replace(Regex(" $"), ""),
-        ]
-    )
-    return tokenizer
-
+from minirec.files.checkpoint import read_json
 
 # where the vocabulary of Huginn-0125 has its special tokens: the first six of its last 32 ids
 HUGINN_SPECIAL = ["begin_text", "end_text", "begin_header", "end_header", "end_turn", "pad"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import platform
 import re
 import statistics
 import sys
@@ -24,33 +23,23 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import minirec
-from minirec import (
-    adaptive_exit,
-    autoregressive,
-    checkpoint,
-    diffusion_forcing,
-    lossless_wavefront,
-    processes,
-    speculative,
-    tasks,
-    training,
-)
-from minirec.checkpoint import readable
+from minirec import adaptive_exit, autoregressive, diffusion_forcing, lossless_wavefront, speculative, tasks, training
 from minirec.config import PRESETS, RecurrentConfig
 from minirec.decoding import stop_tokens
-from minirec.kv_cache import bytes_per_token
-from minirec.recurrent_block import RecurrentDepthLM
-from minirec.tokenizer import (
-    BEGIN,
-    END,
+from minirec.files import checkpoint, machine
+from minirec.files.machine import cpu_name, is_out_of_memory, readable
+from minirec.files.run import Run
+from minirec.files.tokenizer import (
     HUGINN_TEMPLATE,
-    PAD,
     ChatTemplate,
     huginn_special_ids,
     read_tokenizer,
     stand_in_tokenizer,
-    task_tokenizer,
 )
+from minirec.kv_cache import bytes_per_token
+from minirec.recurrent_block import RecurrentDepthLM
+from minirec.tasks import BEGIN, END, PAD, task_tokenizer
+from minirec.tools import processes
 
 SAMPLERS = {
     "autoregressive": autoregressive.generate,
@@ -96,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 def _about_input(error: Exception) -> str | None:
     """What to say of an error that is no bug: what the system refuses, what minirec itself raises, no memory left."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(last.filename).parent == Path(__file__).parent and last.line.startswith("raise")
-    if checkpoint.is_out_of_memory(error):  # PyTorch's numbers, and what minirec can do about them
+    ours = Path(minirec.__file__).parent in Path(last.filename).parents and last.line.startswith("raise")
+    if is_out_of_memory(error):  # PyTorch's numbers, and what minirec can do about them
         numbers = ". ".join(str(error).split(". ")[:3])
         return f"{numbers}; try --kv shared, fewer tokens, --dtype bfloat16 or another --device"
     if isinstance(error, OSError) and error.strerror:
@@ -107,7 +96,7 @@ def _about_input(error: Exception) -> str | None:
 
 def demo(args: argparse.Namespace) -> None:
     """Three samplers, the same problems: watch two answers, then compare on all, then draw one."""
-    from minirec import plots  # matplotlib: only where a picture is drawn
+    from minirec import figures as plots  # matplotlib: only where a picture is drawn
 
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out is {str(args.out)!r}; the picture is written as .png")
@@ -298,10 +287,10 @@ def train(args: argparse.Namespace) -> None:
         "lossless_wavefront": {"guess_after": 1},
     }
     try:
-        log = training.train(model, config, args.out, **_given(args, "until"))
+        log = training.train(model, config, Run(args.out), **_given(args, "until"))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("(the same command goes on from the last save)") from None
-    rank, _ = processes.place()
+    rank, _ = training.place()
     processes.leave()
     if rank > 0:  # the first one writes and reports
         return
@@ -395,7 +384,7 @@ def _memories(args: argparse.Namespace) -> dict[str, int]:
     """Bytes of the memories that `info` was asked about: what it is called -> bytes."""
     found = {readable(args.memory): args.memory} if "memory" in args else {}
     if "device" in args:
-        free = checkpoint.free_memory(args.device)
+        free = machine.free_memory(args.device)
         if free is None:
             raise ValueError(f"what is free on {str(args.device)!r} cannot be seen; say it with --memory")
         found[f"the {readable(free)} free on {args.device}"] = free
@@ -445,15 +434,6 @@ def _parameters(model: RecurrentDepthLM) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def cpu_name() -> str:
-    """What the machine calls its processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or not x86
-        return platform.processor() or platform.machine()
-
-
 def _device(text: str) -> torch.device:
     try:
         torch.zeros(1, device=text).item()  # is it there, and does it compute?
@@ -496,7 +476,6 @@ class _Parser(argparse.ArgumentParser):
 ABSENT = argparse.SUPPRESS  # not in the namespace unless given: the library's default, which the help states
 MODEL = ("--model", str, "tiny", "'tiny' (shipped), a folder, or the id of a Hugging Face repository")
 REVISION = ("--revision", str, ABSENT, "branch, tag or commit of a Hugging Face repository (default: main)")
-DTYPES = ["float32", "bfloat16", "float16"]
 THREADS = ("--threads", _whole(1), ABSENT, "CPU threads (default: PyTorch's choice)")
 DEVICE = ("--device", _device, "cpu", "cpu, cuda, cuda:1, mps, ...")
 DEPTH = [
@@ -531,7 +510,7 @@ GENERATE = [
     ("--seed", _whole(0), 0, "of the initial states and of sampling"),
     ("--kv", ["full", "shared"], ABSENT, "keep the KV of every recurrence step, or share (default: the sampler's)"),
     ("--kv-slots", int, 1, "slots of --kv shared"),
-    ("--dtype", DTYPES, ABSENT, "of the weights (default: the checkpoint's)"),
+    ("--dtype", list(checkpoint.DTYPES), ABSENT, "of the weights (default: the checkpoint's)"),
 ]
 TRAIN = {
     "steps": "optimiser steps",
@@ -615,7 +594,7 @@ def parser() -> argparse.ArgumentParser:
         "make-checkpoint --preset huginn_3_5b --shards 4 runs/random",
         [
             ("--shards", int, 1, "files to cut the weights into"),
-            ("--dtype", DTYPES, "float32", "number format of the weights"),
+            ("--dtype", list(checkpoint.DTYPES), "float32", "number format of the weights"),
             ("--seed", _whole(0), 0, "of the weights"),
         ],
     )  # fmt: skip
