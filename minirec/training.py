@@ -57,7 +57,7 @@ class Phase:
     """A part of the schedule.  It ends when all its families are right often enough, or after `steps` steps."""
 
     families: tuple[str, ...]  # in turn, a batch each
-    window: int  # recurrence steps of an optimiser step, all with gradient
+    window: int  # recurrence steps of an optimiser step, all with gradient; of problems without arrows see WINDOWS
     arrows: tuple[int, int] = tasks.ARROWS  # fewest and most of a problem
     carried: float = 0.7  # share of the windows that go on from a kept state, if there is one
     gate: float = 0.6  # a state is kept if more than this share of its deep tokens was right
@@ -68,6 +68,9 @@ class Phase:
     steps: int = 10_000  # or after so many
 
 
+# An automaton counts its steps, and what a window leaves behind learns nothing from those after it: so its windows
+# are as long as its hardest level.  A word problem needs two or three steps.
+WINDOWS = {"automaton": 8, "words": 3}
 PHASES = (
     # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
     Phase(("hops",), window=1, arrows=(6, 7), carried=0.0),
@@ -75,9 +78,14 @@ PHASES = (
     # more arrows, and the prompt's own state carried too
     Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.85),
     Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
+    # what else can be done along the arrows, few of them again
+    Phase(("tolls", "hops", "tolls", "reports"), window=2, arrows=(6, 14), gate=0.4, learned=0.85, steps=4000),
     # all families
-    Phase(("hops", "tolls", "reports", "automaton", "words"), window=4, frozen=0.3, learned=2.0, steps=12_000),
-)
+    Phase(
+        ("words", "hops", "automaton", "words", "reports", "words", "tolls", "automaton", "words", "hops"),
+        window=4, frozen=0.3, learned=2.0, steps=20_000,
+    ),
+)  # fmt: skip
 
 
 @dataclass
@@ -390,12 +398,14 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
         phase = config.phases[progress.phase]
         family = phase.families[step % len(phase.families)]
         rng = random.Random(f"{config.seed} {step}")
-        if kept[family] and rng.random() < phase.carried:
+        share = phase.carried if family in tasks.ASKED else phase.carried / 2  # those have no next step for long
+        if kept[family] and rng.random() < share:
             name, batch = f"{family} carried", kept[family].pop(rng.randrange(len(kept[family])))
             rewire(model, config, phase, batch, step)
         else:
             name, batch = family, fresh(model, config, phase, family, step)
-        reads = {phase.window, rng.randint(1, phase.window)}
+        window = WINDOWS.get(family, phase.window)
+        reads = {window, rng.randint(1, window)}
         loss, batch.state, guesses = objective(batch, reads)
         optimizer.zero_grad()
         (loss * world).backward()  # the gradients of the shares add up, and DistributedDataParallel takes their mean
@@ -406,11 +416,11 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
         step += 1
         bar.update()
 
-        share = settle(batch, guesses, phase.window)
-        if share > phase.gate and batch.age < OLDEST and len(kept[family]) < KEPT:
+        right = settle(batch, guesses, window)
+        if right > phase.gate and batch.age < OLDEST and len(kept[family]) < KEPT:
             kept[family].append(batch)
         before = progress.right.get(name, 0.0)
-        progress.right[name] = before + 0.05 * (share - before)
+        progress.right[name] = before + 0.05 * (right - before)
         progress.losses.append(total(loss).item())
         logged = step % config.log_every == 0 or step == until
         if logged:
