@@ -109,7 +109,7 @@ ASKED = {
     },
 }
 QUERIES = {"hops": (3, 3), "tolls": (3, 3), "reports": (4, 8)}  # fewest and most
-ARROWS = (10, 32)  # fewest and most of a problem
+ARROWS = (12, 32)  # fewest and most of a problem
 
 _tokenizer = task_tokenizer()
 
@@ -212,8 +212,10 @@ def _forest(rng: random.Random, w: Walks) -> dict[str, str]:
 
 def _walks(rng: random.Random, family: str, level: int, arrows: tuple[int, int]) -> Problem:
     """A problem about walks of at most `level` arrows, among so many arrows in all."""
-    n = max(rng.randint(*arrows), level + 3)
-    fewest, most = (min(q, n // 3, n - level - 1) for q in QUERIES[family])
+    fewest, most = QUERIES[family]
+    fewest = min(fewest, arrows[0] // 3)
+    n = max(rng.randint(*arrows), level + fewest + 1)  # the longest walk, and where the others begin
+    most = min(most, n // 3, n - level - 1)
     queries, letters = rng.randint(fewest, most), rng.sample(LETTERS, n)
     walks = Walks(rng.choice(list(ASKED[family])), letters, queries, level)
     return _walk_on(rng, family, walks, [(head, 0) for head in letters[:queries]])

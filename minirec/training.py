@@ -74,9 +74,9 @@ WINDOWS = {"automaton": 8, "words": 3}
 PHASES = (
     # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
     Phase(("hops",), window=1, arrows=(6, 7), carried=0.0),
-    Phase(("hops",), window=1, arrows=(6, 7), gate=0.3, rewired=1.0, anew=1.0, learned=0.8),
+    Phase(("hops",), window=1, arrows=(6, 7), gate=0.3, rewired=1.0, anew=1.0, learned=0.75),
     # more arrows, and the prompt's own state carried too
-    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.85),
+    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.8),
     Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
     # what else can be done along the arrows, few of them again
     Phase(("tolls", "hops", "tolls", "reports"), window=2, arrows=(6, 14), gate=0.4, learned=0.85, steps=4000),
@@ -422,22 +422,21 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
         before = progress.right.get(name, 0.0)
         progress.right[name] = before + 0.05 * (right - before)
         progress.losses.append(total(loss).item())
-        logged = step % config.log_every == 0 or step == until
-        if logged:
+        is_over = phase_is_over(phase, step - progress.began, progress.right)
+        ends = is_over and phase is config.phases[-1]
+        if ends or step % config.log_every == 0:
             row = {"step": step, "phase": progress.phase + 1, "loss": sum(progress.losses) / len(progress.losses)}
             row |= {"rate": optimizer.param_groups[0]["lr"], "seconds": round(spent + time.perf_counter() - started, 1)}
             log.append(row | {f"{n} in training": share for n, share in progress.right.items()})
             progress.losses = []
-        if phase_is_over(phase, step - progress.began, progress.right):
-            progress = Progress(progress.phase + 1, step, progress.losses)
-            kept = {f: [] for f in config.families}
-        over = progress.phase == len(config.phases)
-        if over or (logged and step % config.evaluate_every == 0):
+        if ends or step % config.evaluate_every == 0:
             log[-1] |= {f: exact_match(model, problems) for f, problems in held_out.items()}
-        if step % config.save_every == 0 or over:
+        if is_over:
+            progress = Progress(progress.phase + 1, step, progress.losses)
+        if is_over or step % config.save_every == 0:
             kept = {f: [] for f in config.families}
-            if run and rank == 0:
-                run.save(model, optimizer, config, step, log, asdict(progress))
+        if run and rank == 0 and (ends or step % config.save_every == 0):
+            run.save(model, optimizer, config, step, log, asdict(progress))
     bar.close()
     model.eval()
     if run and rank == 0:

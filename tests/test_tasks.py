@@ -7,14 +7,32 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minirec import RecurrentConfig, tasks
-from minirec.tasks import BEGIN, CELLS, END, FAMILIES, HARDER, LETTERS, ORDINALS, PAD, WAYS, Problem, task_tokenizer
+from minirec.tasks import (
+    ARROWS,
+    ASKED,
+    BEGIN,
+    CELLS,
+    END,
+    FAMILIES,
+    HARDER,
+    LETTERS,
+    ORDINALS,
+    PAD,
+    QUERIES,
+    Problem,
+    task_tokenizer,
+)
 
 # "Then Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears"
 LINE = re.compile(r"(\w+) (.*), so (\w+) has (\d+) ([-+*/]) (\d+) = (\d+) (\w+)")
 TRAINED = [(family, level) for family in FAMILIES for level in FAMILIES[family]]
 HARD = [(family, level) for family in HARDER for level in HARDER[family]]
+COMPARED = ("more", "fewer", "twice", "half")
+ARROW = re.compile(r"([a-zA-Z])>([a-zA-Z])(?: (\d))?")
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +43,9 @@ def drawn() -> dict[str, list[Problem]]:
 
 @pytest.fixture(scope="module")
 def of_level() -> dict[tuple[str, int], list[Problem]]:
-    """Problems of every level of the two families that are answered at once, the harder levels too."""
-    drawn = {key: list(islice(tasks.problems("train", 5, *key), 100)) for key in TRAINED if key[0] != "words"}
-    return drawn | {key: tasks.heldout(50, 5, *key) for key in HARD if key[0] != "words"}
+    """Problems of every level of the families that are answered at once, the harder levels too."""
+    drawn = {key: list(islice(tasks.problems("train", 5, *key), 60)) for key in TRAINED if key[0] != "words"}
+    return drawn | {key: tasks.heldout(20, 5, *key) for key in HARD if key[0] != "words"}
 
 
 def lines_of(problem: Problem) -> tuple[list[re.Match], str]:
@@ -64,20 +82,22 @@ def test_no_problem_is_in_both_splits(family, level):
     assert not train & heldout
 
 
-@pytest.fixture(params=["words", "automaton", "hops"])
+@pytest.fixture(params=list(FAMILIES))
 def few(request, monkeypatch) -> str:
-    """A family with 200 problems in all, the same at every level: what is kept apart by luck alone meets there."""
-    write = {"words": "_word_problem", "automaton": "_automaton", "hops": "_hops"}[request.param]
-    pool = [getattr(tasks, write)(random.Random(i), 2) for i in range(200)]
-    monkeypatch.setattr(tasks, write, lambda rng, level: rng.choice(pool))
+    """A family with 200 problems of level 2 in all: what is kept apart by luck alone meets there."""
+    write = {"words": "_word_problem", "automaton": "_automaton"}.get(request.param, "_walks")
+    pool = [tasks.draw(random.Random(i), "train" if i % 16 else "heldout", request.param, 2) for i in range(200)]
+    monkeypatch.setattr(tasks, write, lambda rng, *_: rng.choice(pool))
+    monkeypatch.setitem(FAMILIES, request.param, (2,))
     return request.param
 
 
-def test_a_text_belongs_to_one_split_whatever_the_seed_and_the_level(few):
+def test_a_text_belongs_to_one_split_whatever_the_seed(few):
     seen = {"train": set(), "heldout": set()}
     for split, texts in seen.items():
-        for seed, level in enumerate([None, *FAMILIES[few]] * 2):
-            texts |= {p.text for p in islice(tasks.problems(split, seed, few, level), 60)}
+        for seed in range(4):
+            for level in (None, 2):
+                texts |= {p.text for p in islice(tasks.problems(split, seed, few, level), 60)}
     assert len(seen["train"]) > 100 and seen["heldout"]
     assert not seen["train"] & seen["heldout"]
 
@@ -142,10 +162,11 @@ def test_the_trained_levels_are_mixed_evenly(family, split, n):
 def test_tokens_are_begin_text_solution_end_and_nothing_is_lost(family):
     """Nothing but the arrows, which are for the reader."""
     tokenizer = task_tokenizer()
-    for p in tasks.heldout(150, 6, family) + tasks.heldout(50, 6, family, HARDER[family][-1]):
+    for p in tasks.heldout(60, 6, family) + tasks.heldout(10, 6, family, HARDER[family][-1]):
         assert p.prompt[0] == BEGIN and p.target[-1] == END
         assert tokenizer.decode(p.prompt) == p.text.replace(">", " ")
         assert tokenizer.decode(p.target) == p.solution.replace(">", " ")
+        assert all(0 <= i < len(p.target) - 1 for i in p.deep) and len(set(p.deep)) == len(p.deep) > 0
         assert PAD not in p.prompt + p.target  # what the tokenizer makes of a word it does not know
         assert (p.prompt + p.target).count(BEGIN) == (p.prompt + p.target).count(END) == 1
 
@@ -165,15 +186,7 @@ def test_the_tiny_model_has_room_for_every_problem():
         assert max(len(p.prompt) + len(p.target) for p in tasks.heldout(30, 0, family, level)) <= room
 
 
-# ---- automaton and hops: as many stages as the level says, worked out again from the text
-
-
-def test_every_stage_is_what_so_many_steps_give(of_level, stages_by_hand):
-    for (family, level), problems in of_level.items():
-        for p in problems:
-            assert (p.family, p.level) == (family, level)
-            assert [re.findall(r"\w+", stage) for stage in p.stages] == stages_by_hand(p.text), p
-            assert len(p.stages) == level and p.answer == p.solution
+# ---- the automaton
 
 
 def test_an_automaton_says_its_steps_and_its_cells(of_level):
@@ -182,11 +195,23 @@ def test_an_automaton_says_its_steps_and_its_cells(of_level):
             for p in problems:
                 assert re.fullmatch(rf"Run {level} steps from [01]{{{CELLS}}}\.", p.text)
                 assert all(re.fullmatch(rf"[01]{{{CELLS}}}", row) for row in p.stages)
+                assert (p.family, p.level, p.answer) == (family, level, p.solution) and p.deep == list(range(CELLS))
             cells = Counter(c for p in problems for c in p.text[-CELLS - 1 : -1])
             assert_even(cells, "01")
 
 
-@pytest.mark.parametrize("level", [1, 3, 6, 10])
+def test_every_row_is_what_so_many_steps_give(of_level):
+    for (family, level), problems in of_level.items():
+        for p in problems if family == "automaton" else []:
+            row, rows = [int(c) for c in p.text[-CELLS - 1 : -1]], []
+            for _ in range(level):
+                before = [0, 0, *row]
+                row = [before[i] ^ (before[i + 1] | before[i + 2]) for i in range(CELLS)]
+                rows.append("".join(map(str, row)))
+            assert list(p.stages) == rows
+
+
+@pytest.mark.parametrize("level", [1, 3, 6, 8])
 def test_a_cell_depends_on_itself_and_those_before_it(level):
     """Rows that begin alike go on to begin alike, whatever comes after; so a causal model can iterate in place."""
     problems = islice(tasks.problems("train" if level <= 6 else "heldout", 8, "automaton", level), 500)
@@ -201,31 +226,79 @@ def test_a_cell_depends_on_itself_and_those_before_it(level):
     assert any(differs for _, differs in apart), "and on the first cell that differs it does depend"
 
 
-ARROW = re.compile(r"([a-zA-Z])>([a-zA-Z])")
+# ---- along arrows: hops, tolls and reports, worked out again from the text
+
+ALONG = list(ASKED)
 
 
-def ways_of(problem: Problem) -> tuple[list[tuple[str, str]], list[list[str]]]:
-    """The arrows of a hops problem as they stand, and the ways that they make, each from its start to its end."""
-    arrows, follow = problem.text.split(". Follow ")
+def parsed(p: Problem) -> tuple[dict[str, str], dict[str, int], str, list[str]]:
+    """Where each place's arrow leads, its toll, what is asked and of which places."""
+    arrows, question = p.text.split(". ")
     arrows = ARROW.findall(arrows)
-    next_of, ways = dict(arrows), [[start] for start in re.findall(r"[a-zA-Z]", follow)]
-    for way in ways:
-        while way[-1] in next_of and len(way) <= len(arrows):
-            way.append(next_of[way[-1]])
-    return arrows, ways
+    asked, *heads = question.rstrip(".").split()
+    assert len({a for a, _, _ in arrows}) == len(arrows), "one arrow a place"
+    return {a: b for a, b, _ in arrows}, {a: int(toll or 0) for a, _, toll in arrows}, asked, heads
 
 
-def test_the_ways_of_hops_are_apart_and_as_long_as_the_level(of_level):
-    for (family, level), problems in of_level.items():
-        for p in problems if family == "hops" else []:
-            arrows, ways = ways_of(p)
-            assert re.fullmatch(r"\w>\w(, \w>\w)*\. Follow \w( \w)*\.", p.text), p.text
-            assert len(ways) == WAYS and all(len(way) == level + 1 for way in ways), p.text
-            places = [place for way in ways for place in way]
-            assert len(places) == len(set(places)) and set(places) <= set(LETTERS), "no place is on two ways"
-            out = [place for way in ways for place in way[:-1]]
-            assert sorted(start for start, _ in arrows) == sorted(out), "one arrow leads out of each place but the ends"
-            assert ARROW.findall(p.solution) == [(way[0], way[-1]) for way in ways]
+def walk(next_of: dict, toll: dict, at: tuple[str, int], steps: int) -> list[tuple[str, int]]:
+    """Where a walk is after 1, 2, ... so many steps, and the largest toll it has met."""
+    reached = []
+    for _ in range(steps):
+        at = next_of[at[0]], max(at[1], toll[at[0]])
+        reached.append(at)
+    return reached
+
+
+def said(p: Problem, places: list[tuple[str, int]]) -> str:
+    """How these places are answered."""
+    _, _, asked, heads = parsed(p)
+    form = ASKED[p.family][asked]
+    return " ".join(form.format(k, *place) for k, place in zip(heads, places, strict=True)).rstrip(",")
+
+
+@pytest.mark.parametrize("family", ALONG)
+def test_every_stage_is_what_so_many_arrows_reach(of_level, family):
+    """One arrow more changes nothing at the end, one less is not enough."""
+    for (name, level), problems in of_level.items():
+        for p in problems if name == family else []:
+            next_of, toll, _, heads = parsed(p)
+            walks = [walk(next_of, toll, (k, 0), level + 3) for k in heads]
+            stages = [said(p, [w[i] for w in walks]) for i in range(level + 3)]
+            assert len(p.stages) == p.level == level and p.answer == p.solution
+            assert list(p.stages) == stages[:level] and set(stages[level:]) == {p.solution}
+            assert level == 1 or stages[level - 2] != p.solution
+
+
+@pytest.mark.parametrize("family", ALONG)
+def test_every_place_has_an_arrow_and_the_ends_point_to_themselves(of_level, family):
+    for (name, level), problems in of_level.items():
+        for p in problems if name == family else []:
+            next_of, toll, _, heads = parsed(p)
+            fewest, most = QUERIES[family]
+            assert ARROWS[0] <= len(next_of) <= ARROWS[1] and set(next_of.values()) <= set(next_of) <= set(LETTERS)
+            assert fewest <= len(heads) == len(set(heads)) <= most
+            assert not set(heads) & set(next_of.values()), "no arrow leads to where a walk begins"
+            for place in next_of:  # no walk at all is longer than the level, nor does one go round
+                end = walk(next_of, toll, (place, 0), level + (family == "tolls"))[-1][0] if family != "tolls" else None
+                assert end is None or next_of[end] == end
+            if family == "tolls":
+                assert all((toll[k] == 0) == (next_of[k] == k) for k in next_of)
+
+
+@pytest.mark.parametrize("family", ALONG)
+def test_deep_tokens_are_the_ones_that_walks_decide(of_level, family):
+    for (name, _), problems in of_level.items():
+        for p in problems if name == family else []:
+            next_of, toll, _, heads = parsed(p)
+            ends = [walk(next_of, toll, (k, 0), 40)[-1] for k in heads]
+            expected = [str(largest) if family == "tolls" else end for end, largest in ends]
+            assert [tasks.VOCABULARY[p.target[i]] for i in p.deep] == expected
+
+
+def test_reports_are_long_and_mostly_easy(of_level):
+    for (family, _), problems in of_level.items():
+        for p in problems if family == "reports" else []:
+            assert 40 <= len(p.target) <= 120 and 4 <= len(p.deep) <= 12 and len(p.deep) / len(p.target) < 0.1
 
 
 def order_of(positions: list[int]) -> tuple[int, ...]:
@@ -233,22 +306,59 @@ def order_of(positions: list[int]) -> tuple[int, ...]:
 
 
 def test_neither_place_nor_letter_gives_an_end_away():
-    """Any arrow stands anywhere, the ends in any order, and any letter ends any way."""
-    level, n = 4, 3000
-    standing, ends, along, between, letters = (Counter() for _ in range(5))
+    """Any arrow stands anywhere, any letter ends any walk, and any of the walks may be the longest."""
+    n, level = 3000, 4
+    along, letters, longest = Counter(), Counter(), Counter()
     for p in islice(tasks.problems("train", 9, "hops", level), n):
-        arrows, ways = ways_of(p)
-        at = {start: i for i, (start, _) in enumerate(arrows)}
-        standing.update((i, hop, at[place]) for i, way in enumerate(ways) for hop, place in enumerate(way[:-1]))
-        ends[order_of([at[way[-2]] for way in ways])] += 1
-        along[order_of([at[place] for place in ways[0][:-1]])] += 1
-        between[order_of([at[ways[0][0]], at[ways[0][1]], at[ways[1][0]]])] += 1  # two of one way, one of another
-        letters.update(way[-1] for way in ways)
-    assert_even(standing, itertools.product(range(WAYS), range(level), range(WAYS * level)))
-    assert_even(ends, itertools.permutations(range(WAYS)))
+        next_of, toll, _, heads = parsed(p)
+        lengths = [len({place for place, _ in walk(next_of, toll, (k, 0), 9)}) for k in heads]
+        deepest = lengths.index(max(lengths))
+        way = [heads[deepest], *(place for place, _ in walk(next_of, toll, (heads[deepest], 0), level - 1))]
+        at = {start: i for i, start in enumerate(next_of)}
+        along[order_of([at[place] for place in way])] += 1
+        letters[p.solution[2]] += 1
+        if lengths.count(max(lengths)) == 1:
+            longest[deepest] += 1
     assert_even(along, itertools.permutations(range(level)))
-    assert_even(between, itertools.permutations(range(3)))
     assert_even(letters, LETTERS)
+    assert_even(longest, range(3))
+
+
+@pytest.mark.parametrize("family", ALONG)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), steps=st.integers(1, 9), again=st.integers(1, 9))
+def test_rewiring_goes_on_from_the_places_reached(family, seed, steps, again):
+    """Other arrows under the same walks, twice: the stages are those of the new arrows from the old places."""
+    rng = random.Random(seed)
+    p = tasks.draw(rng, "train", family, rng.choice(FAMILIES[family]))
+    at = [(k, 0) for k in parsed(p)[3]]
+    for moved in (steps, again):
+        next_of, toll, asked, heads = parsed(p)
+        at = [walk(next_of, toll, place, moved)[-1] for place in at]
+        q = p.rewired(moved, rng)
+        new, new_toll, *question = parsed(q)
+        assert question == [asked, heads] and new.keys() == next_of.keys() and q.text != p.text
+        assert (len(q.prompt), len(q.target), q.deep) == (len(p.prompt), len(p.target), p.deep)
+        assert q.split == "train" and not set(heads) & set(new.values())
+        after = [walk(new, new_toll, place, 6) for place in at]
+        assert [q.reached(i + 1) for i in range(6)] == [
+            [*tokens_of(said(q, [w[i] for w in after])), END] for i in range(6)
+        ]
+        assert len(q.stages) <= max(FAMILIES[family]), "a rewired walk is not longer than any trained one"
+        p = q
+
+
+def test_only_arrows_can_be_rewired():
+    with pytest.raises(ValueError, match="family is 'words'"):
+        tasks.heldout(1)[0].rewired(1, random.Random(0))
+
+
+@pytest.mark.parametrize("family", ALONG)
+def test_few_arrows_can_be_asked_for(family):
+    for n in (6, 7, 10):
+        for seed in range(20):
+            p = tasks.draw(random.Random(seed), "train", family, 2, (n, n))
+            assert len(parsed(p)[0]) == n and p.level == 2
 
 
 # ---- words
@@ -276,16 +386,19 @@ def test_every_solution_is_right(drawn):
             # the verb says which sum, and whose number it is afterwards
             subject, verb, *_ = sentence.split()
             amount = int((re.findall(r"\d+", sentence) or [{"doubles": 2, "triples": 3}.get(verb, 2)])[0])
-            compared = " than " in sentence
+            compared = verb == "has"
+            others = verb in ("brings", "takes")  # whose doing it is; the number stays where it was
             assert int(y) == amount, p.solution
             expected = {
                 "buys": "+", "finds": "+", "gets": "+", "loses": "-", "sells": "-", "doubles": "*", "triples": "*",
-                "gives": "/" if "half" in sentence else "-", "has": "+" if " more " in sentence else "-",
+                "gives": "/" if "half" in sentence else "-", "brings": "+", "takes": "-",
+                "has": next((o for w, o in zip(COMPARED, "+-*/", strict=True) if f" {w} " in sentence), None),
             }[verb]  # fmt: skip
             assert operator == expected, p.solution
-            assert owner == subject and (owner != who if compared else owner == who), p.solution
-            if compared:
-                assert sentence.endswith(f"than {who}"), p.solution
+            assert (owner == who != subject) if others else owner == subject, p.solution
+            assert owner != who if compared else owner == who, p.solution
+            if compared or others:
+                assert re.search(rf"(than|as|to|from) {who}$", sentence), p.solution
             if verb in ("gets", "gives") and "half" not in sentence:
                 assert sentence.split()[-1] != who, p.solution
             who, have = owner, z
@@ -323,7 +436,7 @@ def test_the_solution_itself_is_correct(family):
     assert all(p.is_correct(p.target) and p.is_correct(p.target[:-1]) for p in tasks.heldout(200, 1, family))
 
 
-@pytest.mark.parametrize("family", ["automaton", "hops"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "words"])
 def test_an_answer_without_words_is_compared_token_by_token_up_to_the_end(family):
     for p in tasks.heldout(50, 1, family):
         right = p.target[:-1]
