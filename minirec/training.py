@@ -67,6 +67,33 @@ class Phase:
     learned: float = 0.93  # ends when so much is right, by family, fresh and carried; above 1: never
     steps: int = 10_000  # or after so many
 
+    def __post_init__(self):
+        _plain_numbers(self)
+        self.families, self.arrows = tuple(self.families), tuple(whole("arrows", n) for n in self.arrows)
+        if not self.families:
+            raise ValueError(f"families is (); it must name one at least of {', '.join(tasks.FAMILIES)}")
+        for family in self.families:
+            if family not in tasks.FAMILIES:
+                raise ValueError(f"family is {family!r}; it must be one of {', '.join(tasks.FAMILIES)}")
+        if not 3 <= self.arrows[0] <= self.arrows[-1] <= len(tasks.LETTERS) or len(self.arrows) != 2:
+            raise ValueError(f"arrows is {self.arrows}; it must be fewest and most, from 3 to {len(tasks.LETTERS)}")
+        _shares(self, "carried", "rewired", "anew", "frozen")
+
+
+def _plain_numbers(settings) -> None:
+    """Make the numbers of a dataclass Python's own, so that a run is the same run whoever made them."""
+    for item in fields(settings):
+        if item.type == "float":
+            setattr(settings, item.name, number(item.name, getattr(settings, item.name)))
+        elif item.type == "int" and item.name != "seed":
+            setattr(settings, item.name, whole(item.name, getattr(settings, item.name), 1))
+
+
+def _shares(settings, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be from 0 to 1")
+
 
 # An automaton counts its steps, and what a window leaves behind learns nothing from those after it: so its windows
 # are as long as its hardest level.  A word problem needs two or three steps.
@@ -76,7 +103,7 @@ PHASES = (
     Phase(("hops",), window=1, arrows=(6, 7), carried=0.0),
     Phase(("hops",), window=1, arrows=(6, 7), gate=0.3, rewired=1.0, anew=1.0, learned=0.75),
     # more arrows, and the prompt's own state carried too
-    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.8),
+    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.65),
     Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
     # what else can be done along the arrows, few of them again
     Phase(("tolls", "hops", "tolls", "reports"), window=2, arrows=(6, 14), gate=0.4, learned=0.85, steps=4000),
@@ -111,18 +138,11 @@ class TrainingConfig:
 
     def __post_init__(self):
         self.seed = whole("seed", self.seed, 0, 2**32 - 1)
-        for item in fields(self):  # as Python's own, so that a run is the same run whoever made its numbers
-            name, value = item.name, getattr(self, item.name)
-            if item.type == "float":
-                setattr(self, name, number(name, value))
-            elif item.type == "int" and name != "seed":
-                setattr(self, name, whole(name, value, 1))
+        _plain_numbers(self)
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("decay", "hardest", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        _shares(self, "decay", "hardest", "weight_decay")
         self.phases = tuple(self.phases)
         if not self.phases:
             raise ValueError("phases is empty; it must have one at least")
@@ -225,6 +245,11 @@ def fresh(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, family:
         problems.append(tasks.draw(rng, "train", family, level, arrows))
         size = max(size, len(problems[-1].prompt + problems[-1].target))
     rank, world = place()
+    if len(problems) < world:
+        raise ValueError(
+            f"batch_tokens is {config.batch_tokens}, too few for a row for each of {world} processes: a batch of "
+            f"{family} has {len(problems)}"
+        )
     rows = list(range(len(problems)))[rank::world]
     problems = problems[rank::world]
     shape = batch_of(problems)[0].shape
@@ -359,21 +384,17 @@ class Progress:
     right: dict[str, float] = field(default_factory=dict)  # running share of deep tokens right in this phase
 
 
-def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int | None = None) -> list[dict]:
+def train(model: RecurrentDepthLM, config: TrainingConfig, run=None) -> list[dict]:
     """Train `model` in place and return the log, one row every `log_every` steps.
 
     run: a `minirec.files.run.Run`, the folder that gets the log, resumable state and the checkpoint; None keeps
     nothing.  If the folder holds a run of the same configuration, training continues from its last save; a run of
     another configuration is a ValueError.  A run that is killed loses what it did since the last save.
-    until: stop after this step, a multiple of `save_every`, for now or for good; the rest stays as it is planned.
 
     Processes that torchrun started (`minirec.tools.processes`) train one model together: each runs its share of the
     rows of the same batches, so their number changes nothing but rounding, and a run may be resumed by another number
     of them.  All read the folder; only the first writes to it.
     """
-    longest = sum(phase.steps for phase in config.phases)
-    if until is not None and (until < 1 or until % config.save_every):
-        raise ValueError(f"until is {until}; it must be a multiple of save_every, here {config.save_every}")
     if model.config.padded_vocab_size < (needed := task_tokenizer().get_vocab_size()):
         raise ValueError(f"vocab_size is {model.config.vocab_size}; the tasks' tokenizer needs {needed}")
     rank, world = place()
@@ -393,8 +414,8 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None, until: int 
     started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
     kept: dict[str, list[Batch]] = {f: [] for f in config.families}
     model.train()
-    bar = tqdm(initial=step, total=longest if until is None else until, disable=True if rank else None)
-    while progress.phase < len(config.phases) and step != until:
+    bar = tqdm(initial=step, total=sum(phase.steps for phase in config.phases), disable=True if rank else None)
+    while progress.phase < len(config.phases):
         phase = config.phases[progress.phase]
         family = phase.families[step % len(phase.families)]
         rng = random.Random(f"{config.seed} {step}")

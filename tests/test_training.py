@@ -1,17 +1,12 @@
-"""The objective against the official one, the data with its depths and stages, and runs that are killed and resumed."""
+"""The paper's objective against the official one; windows, carrying, rewiring, freezing; runs that are resumed."""
 
 import copy
 import csv
 import dataclasses
-import functools
 import itertools
 import json
 import math
-import re
 import shutil
-from collections import Counter
-from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,17 +18,22 @@ from safetensors.torch import load_file
 
 from minirec import RecurrentConfig, RecurrentDepthLM, autoregressive, tasks, training
 from minirec.files.run import Run
-from minirec.tasks import END, PAD, task_tokenizer
 from minirec.training import (
     IGNORE,
-    POOL,
-    Batches,
+    PHASES,
+    TEMPLATE,
+    Objective,
+    Phase,
+    Progress,
     TrainingConfig,
-    batch_of,
     depth_loss,
     exact_match,
+    finish,
+    fresh,
+    phase_is_over,
+    rewire,
     sample_depth,
-    stages_of,
+    settle,
 )
 
 # --- the objective ------------------------------------------------------------------------------------------------
@@ -143,30 +143,6 @@ def test_depth_is_only_where_the_gradient_stops(loose):
         assert not depth_loss(loose, tokens, labels, depths, 6, state).requires_grad
 
 
-@given(
-    depths=st.lists(st.integers(1, 7), min_size=2, max_size=5), backprop=st.integers(3, 8),
-    reads=st.sets(st.integers(1, 2)), stages=st.integers(1, 4),
-)  # fmt: skip
-def test_a_row_is_asked_at_every_reading_for_what_it_has_reached(loose, depths, backprop, reads, stages):
-    """The mean over the readings of what a loss without the steps after it would be, on the labels of that step."""
-    tokens, labels, state = a_batch(len(depths))
-    by_step = torch.stack([labels.where(labels == IGNORE, (labels + 3 * k) % 23) for k in range(stages)])
-    losses = []
-    for before_end in (0, *reads):
-        rows = [i for i, depth in enumerate(depths) if depth > before_end]
-        if not rows:
-            continue
-        total = n = 0
-        for i in rows:
-            own, ran = slice(i, i + 1), depths[i] - before_end
-            asked = by_step[min(ran, stages) - 1, own]
-            total = total + by_hand(loose, tokens[own], asked, ran, max(0, backprop - before_end), state[own])
-            n += (asked != IGNORE).sum()
-        losses.append(total / n)
-    ours = depth_loss(loose, tokens, by_step, torch.tensor(depths), backprop, state, (0, *reads))
-    assert_same_loss(loose, ours, sum(losses) / len(losses))
-
-
 def test_no_row_takes_a_step_that_it_does_not_need(loose, monkeypatch):
     rows, recur = [], loose.recur
     monkeypatch.setattr(loose, "recur", lambda s, e: rows.append(len(s)) or recur(s, e))
@@ -227,327 +203,226 @@ def test_depths_of_other_means(mean):
 
 # --- schedules ----------------------------------------------------------------------------------------------------
 
-
-def test_the_rate_grows_stays_and_falls():
-    config = TrainingConfig(steps=1000, learning_rate=1.0, warmup=0.1, decay=0.4)
-    assert [config.rate(step) for step in (0, 49, 99, 500, 600, 800, 999)] == pytest.approx(
-        [0.01, 0.5, 1, 1, 1, 0.5, 0.0025]
-    )
-    assert TrainingConfig(steps=10, learning_rate=1.0, warmup=0, decay=0).rate(0) == 1
+HOPS = Phase(("hops",), window=2, arrows=(6, 9), steps=8, learned=2.0)
 
 
-@pytest.mark.parametrize(("family", "first", "apart"), [("hops", 0, 150), ("automaton", 300, 200), ("words", 600, 300)])
-def test_families_join_one_by_one_and_then_their_levels(family, first, apart):
-    """In the order in which they are listed; and the levels evenly, easiest first, up to the trained ones."""
-    config = TrainingConfig(
-        steps=2400, joining=0.25, curriculum=0.5, families=("hops", "automaton", "hops", "words", "automaton")
-    )
-    levels = tasks.FAMILIES[family]
-    assert config.joins(family) == first
-    for i in range(len(levels)):
-        assert config.levels(family, first + i * apart) == levels[: i + 1]
-        assert config.levels(family, max(0, first + i * apart - 1)) == levels[: max(1, i)]
-    assert config.levels(family, 0) == levels[:1], "one at least"
-    assert config.levels(family, 2399) == config.levels(family, 10**9) == levels, "a harder one never joins"
+def fresh_model(**sizes) -> RecurrentDepthLM:
+    torch.manual_seed(0)
+    shape = dict(n_embd=32, n_heads=2, intermediate_size=48, vocab_size=144, block_size=256, mean_recurrence=3)
+    shape |= dict(n_layers_in_prelude=1, n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_backprop_depth=2)
+    return RecurrentDepthLM(RecurrentConfig(**(shape | sizes)))
 
 
-@pytest.mark.parametrize("family", tasks.FAMILIES)
-def test_without_a_curriculum_all_is_there_at_once(family):
-    together = TrainingConfig(joining=0, curriculum=0)
-    assert together.joins(family) == 0 and together.levels(family, 0) == tasks.FAMILIES[family]
-    alone = TrainingConfig(joining=1, families=(family, family))
-    assert alone.joins(family) == 0 and {alone.family(step) for step in range(10)} == {family}
+def test_the_rate_grows_stays_and_falls_in_the_last_phase():
+    phases = (HOPS, dataclasses.replace(HOPS, steps=100))
+    config = TrainingConfig(phases=phases, learning_rate=1.0, warmup=10, decay=0.4)
+    assert [config.rate(step, Progress()) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1, 1])
+    last = Progress(phase=1, began=50)
+    assert [config.rate(step, last) for step in (50, 110, 130, 149)] == pytest.approx([1, 1, 0.5, 0.025])
 
 
-def test_the_families_that_have_joined_take_turns():
-    families = ("hops", "automaton", "words", "hops")
-    config = TrainingConfig(steps=1000, joining=0.2, families=families)
-    for step in range(400):
-        turns = ("hops",) if step < 100 else ("hops", "automaton", "hops") if step < 200 else families
-        assert config.family(step) == turns[step % len(turns)], step
+def test_a_phase_ends_when_all_its_families_are_right_often_enough_or_after_its_steps():
+    phase = Phase(("hops", "words"), window=2, learned=0.8, steps=100)
+    right = {"hops": 0.9, "hops carried": 0.9, "words": 0.9, "words carried": 0.81}
+    assert phase_is_over(phase, 10, right) and phase_is_over(phase, 100, {})
+    for name in right:
+        assert not phase_is_over(phase, 99, right | {name: 0.8}), name
+    alone = dataclasses.replace(phase, carried=0.0)
+    assert phase_is_over(alone, 10, {"hops": 0.9, "words": 0.9}), "nothing is carried in this phase"
+    assert not phase_is_over(dataclasses.replace(phase, learned=2.0), 99, right)
 
 
-# --- the data -----------------------------------------------------------------------------------------------------
+def test_the_recipe_teaches_all_families_and_no_walk_beyond_the_trained_levels():
+    config = TrainingConfig()
+    assert config.families == ("hops", "tolls", "reports", "words", "automaton") and set(config.families) == {
+        *tasks.FAMILIES
+    }
+    assert set(PHASES[-1].families) == set(tasks.FAMILIES)
+    for step in range(40):
+        for family in tasks.ASKED:
+            batch = fresh(fresh_model(), config, PHASES[-1], family, step)
+            assert all(len(p.stages) in tasks.FAMILIES[family] and p.split == "train" for p in batch.problems)
 
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+CONFIG = TrainingConfig(phases=(HOPS,), batch_tokens=300)
 FAMILY = pytest.mark.parametrize("family", tasks.FAMILIES)
 
 
-@dataclass
-class Row:
-    """A row of a batch, as it can be read from its tokens alone."""
-
-    text: str
-    said: list[str]  # the words of its target
-    depth: int
-
-    @property
-    def family(self) -> str:
-        return "automaton" if self.text.startswith("Run ") else "hops" if " Follow " in self.text else "words"
-
-    @property
-    def level(self) -> int:
-        if self.family == "words":
-            return self.text.count(".") - 1
-        words = re.findall(r"\w+", self.text)
-        return int(words[1]) if self.family == "automaton" else words.index("Follow") // (2 * tasks.WAYS)
-
-    @property
-    def needed(self) -> int:
-        return 1 if self.family == "words" else self.level
-
-
-def rows_of(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[Row]:
-    """The rows of a batch, with what each is asked for at its own depth."""
-    tokens, labels, depths = batch
-    if labels.dim() == 3:  # by step
-        labels = labels[depths.clamp(max=len(labels)) - 1, torch.arange(len(tokens))]
-    assert tokens.shape == labels.shape and depths.shape == (len(tokens),)
-    assert {t.dtype for t in batch} == {torch.int64}
-    decode, rows = task_tokenizer().decode, []
-    for line, target, depth in zip(tokens.tolist(), labels.tolist(), depths.tolist(), strict=True):
-        first = next(i for i, label in enumerate(target) if label != IGNORE)
-        said = [label for label in target if label != IGNORE]
-        assert said[-1] == END
-        rows.append(Row(decode(line[: first + 1]), re.findall(r"\w+", decode(said)), depth))
-    return rows
-
-
-@functools.cache
-def drawn(mean_depth: int = 12, steps: int = 2 * POOL, **settings) -> list[list[Row]]:
-    """The rows of the first batches, all levels at once."""
-    data = Batches(TrainingConfig(**{"joining": 0, "curriculum": 0, "batch_tokens": 750} | settings), mean_depth)
-    return [rows_of(data[step]) for step in range(steps)]
-
-
-def flat(batches: list[list[Row]]) -> list[Row]:
-    return [row for batch in batches for row in batch]
-
-
-def assert_shares(found: Counter, expected: dict) -> None:
-    """Each count as its share promises, within five standard deviations."""
-    n = sum(found.values())
-    assert n > 100, "too few to tell"
-    for key, share in expected.items():
-        assert abs(found[key] - n * share) <= 5 * math.sqrt(n * share * (1 - share)), (key, n, found[key], n * share)
+def same_batch(a, b) -> bool:
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("state", "sure", "frozen"))
+    return tensors and (a.problems, a.ran, a.rows, a.age) == (b.problems, b.ran, b.rows, b.age)
 
 
 @FAMILY
-def test_a_batch_has_the_loss_on_the_solution_alone(family):
-    problems = tasks.heldout(5, seed=3, family=family)
-    tokens, labels = batch_of(problems)
-    assert tokens.shape == labels.shape == (5, max(len(p.prompt) + len(p.target) for p in problems) - 1)
-    for row, p in enumerate(problems):
-        line, n = p.prompt + p.target, len(p.prompt) + len(p.target) - 1
-        assert tokens[row].tolist() == line[:-1] + [PAD] * (tokens.shape[1] - n)
-        assert labels[row][labels[row] != IGNORE].tolist() == p.target
-        assert labels[row, len(p.prompt) - 1] == p.target[0], "the last token of the prompt predicts the first"
+def test_a_fresh_batch_is_a_function_of_seed_and_step(family):
+    model = fresh_model()
+    first = fresh(model, CONFIG, HOPS, family, 7)
+    assert same_batch(first, fresh(model, CONFIG, HOPS, family, 7))
+    other = fresh(model, CONFIG, HOPS, family, 8), fresh(model, dataclasses.replace(CONFIG, seed=1), HOPS, family, 7)
+    assert not {p.text for p in first.problems} & {p.text for batch in other for p in batch.problems}
+    states = [row for batch in (first, *other) for row in batch.state[:, :5]]
+    assert len({tuple(state.flatten().tolist()) for state in states}) == len(states), "noise of its own in every row"
+    assert torch.stack(states).std().item() == pytest.approx(math.sqrt(2 / 5), rel=0.1)
 
 
 @FAMILY
-def test_with_depths_a_batch_asks_for_the_stage_reached(family):
-    problems = tasks.heldout(8, seed=3, family=family)
-    depths = [1, 2, 3, 4, 5, 6, 7, 30]
-    tokens, labels = batch_of(problems, depths)
-    for row, (p, depth) in enumerate(zip(problems, depths, strict=True)):
-        target = p.reached(depth)
-        line = p.prompt + target
-        assert tokens[row].tolist() == line[:-1] + [PAD] * (tokens.shape[1] - len(line) + 1)
-        assert labels[row, len(p.prompt) - 1 :][: len(target)].tolist() == target
-        assert (labels[row] != IGNORE).sum() == len(target)
-
-
-def test_readings_are_drawn_below_the_last_steps_with_a_gradient():
-    data = Batches(TrainingConfig(reads=4), 12)
-    drawn_reads = [data.reads(step, 9) for step in range(300)]
-    assert all(reads[0] == 0 and len(set(reads)) == 4 for reads in drawn_reads)
-    assert_shares(Counter(r for reads in drawn_reads for r in reads[1:]), dict.fromkeys(range(1, 9), 1 / 8))
-    assert data.reads(3, 9) == drawn_reads[3]
-    assert sorted(data.reads(0, 3)) == [0, 1, 2], "as many as there are"
-    assert Batches(TrainingConfig(reads=1), 12).reads(0, 9) == [0]
+def test_a_fresh_batch_fills_its_room_with_training_problems(family):
+    for step in range(5):
+        batch = fresh(fresh_model(), CONFIG, HOPS, family, step)
+        lines = [p.prompt + p.target for p in batch.problems]
+        assert all(p.split == "train" and p.family == family for p in batch.problems)
+        assert len(lines) * (max(map(len, lines)) - 1) == batch.read().numel() <= CONFIG.batch_tokens
+        assert (len(lines) + 2) * max(map(len, lines)) > CONFIG.batch_tokens
+        assert batch.sure.all() and not batch.frozen.any() and set(batch.ran) == {batch.age} == {0}
 
 
 @FAMILY
-def test_labels_of_every_step_are_the_stages(family):
-    problems = tasks.heldout(5, seed=3, family=family)
-    tokens, labels = stages_of(problems, [1, 2, 3, 4, 30])
-    assert len(labels) == max(len(p.stages) for p in problems)
-    assert torch.equal(tokens, batch_of(problems, [1, 2, 3, 4, 30])[0])
-    for steps in range(1, len(labels) + 1):
-        assert torch.equal(labels[steps - 1], batch_of(problems, [steps] * 5)[1])
+def test_what_is_read_is_the_solution_and_what_is_due_is_the_stage(family):
+    batch = fresh(fresh_model(), CONFIG, HOPS, family, 3)
+    batch.ran = [i % 3 for i in range(len(batch.problems))]
+    tokens = batch.read()
+    for steps in (1, 2, 5):
+        deep, rest = batch.labels(steps)
+        for row, p in enumerate(batch.problems):
+            start, n = len(p.prompt) - 1, len(p.target)
+            assert tokens[row, : start + n].tolist() == p.prompt + p.target[:-1]
+            due = p.reached(batch.ran[row] + steps)
+            where = [start + i for i in p.deep]
+            assert deep[row, where].tolist() == [due[i] for i in p.deep]
+            assert rest[row, start : start + n].tolist() == [
+                t if i not in p.deep else IGNORE for i, t in enumerate(due)
+            ]
+            for labels, own in ((deep, len(where)), (rest, n - len(where))):
+                assert (labels[row] != IGNORE).sum() == own
 
 
-def test_a_row_that_stops_early_is_asked_for_the_stage_it_reaches(stages_by_hand):
-    for family in ("automaton", "hops"):
-        early = 0
-        for row in flat(drawn(families=(family,))):
-            stages = stages_by_hand(row.text)
-            assert len(stages) == row.needed
-            assert row.said == stages[min(row.depth, row.needed) - 1], row
-            early += row.depth < row.needed
-        assert early > 50
+def test_batches_without_arrows_are_of_one_level_so_that_little_is_padding():
+    for family in ("words", "automaton"):
+        levels = [{p.level for p in fresh(fresh_model(), CONFIG, HOPS, family, step).problems} for step in range(30)]
+        assert all(len(found) == 1 for found in levels)
+        assert set.union(*levels) == set(tasks.FAMILIES[family])
 
 
-def test_without_stages_every_row_is_asked_for_its_answer(stages_by_hand):
-    """The same problems at the same depths, another target."""
-    for family in tasks.FAMILIES:
-        staged, plain = drawn(families=(family,)), drawn(families=(family,), staged=False)
-        for one, other in zip(flat(staged), flat(plain), strict=True):
-            assert (one.text, one.depth) == (other.text, other.depth)
-            assert other.said == (one.said if family == "words" else stages_by_hand(one.text)[-1])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_rows_of_a_batch(monkeypatch, world):
+    whole = fresh(fresh_model(), CONFIG, HOPS, "hops", 2)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(training, "place", lambda rank=rank: (rank, world))
+        shares.append(fresh(fresh_model(), CONFIG, HOPS, "hops", 2))
+    assert sorted(row for share in shares for row in share.rows) == whole.rows
+    for share in shares:
+        for i, row in enumerate(share.rows):
+            assert share.problems[i] == whole.problems[row] and torch.equal(share.state[i, :9], whole.state[row, :9])
+    monkeypatch.setattr(training, "place", lambda: (0, 100))
+    with pytest.raises(ValueError, match=r"batch_tokens is 300, too few .* 100 processes"):
+        fresh(fresh_model(), CONFIG, HOPS, "hops", 2)
 
 
-@pytest.mark.parametrize("family", ["automaton", "hops"])
-def test_early_rows_are_even_over_the_steps_needed(family):
-    rows = flat(drawn(families=(family,), early=1.0, random=0.0, batch_tokens=2500))
-    rows = [row for row in rows if row.needed > 1]
-    assert all(row.depth <= row.needed for row in rows)
-    for needed in (2, 4, 6):
-        assert {row.depth for row in rows if row.needed == needed} == set(range(1, needed + 1))
-    halves = Counter(2 * (row.depth - 1) // row.needed for row in rows if row.needed % 2 == 0)
-    assert_shares(halves, {0: 0.5, 1: 0.5})
-    rows = [row for row in rows if row.needed >= 4]
-    edges = Counter({1: "first", row.needed: "last"}.get(row.depth) for row in rows)
-    assert_shares(edges, dict.fromkeys(("first", "last"), sum(1 / row.needed for row in rows) / len(rows)))
-
-
-def poisson(mean: float) -> dict[int, float]:
-    return {k: math.exp(-mean) * mean**k / math.factorial(k) for k in range(6)}
-
-
-def test_a_problem_that_needs_one_step_has_no_early_rows():
-    """It would be the whole of its training; so these rows go beyond, as all word problems do."""
-    rows = flat(drawn(families=("words",), early=1.0, random=0.0, extra=1.5))
-    assert_shares(Counter(row.depth - 1 for row in rows), poisson(1.5))
-    easy = [row.depth for row in flat(drawn(families=("automaton",), early=1.0, random=0.0)) if row.needed == 1]
-    assert max(easy) > 1
+# --- a window -----------------------------------------------------------------------------------------------------
 
 
 @FAMILY
-@pytest.mark.parametrize("extra", [0.0, 1.5])
-def test_rows_beyond_get_the_steps_needed_and_a_poisson_number_more(family, extra):
-    rows = flat(drawn(families=(family,), early=0.0, random=0.0, extra=extra))
-    more = Counter(row.depth - row.needed for row in rows)
-    assert min(more) >= 0
-    assert_shares(more, poisson(extra))
-    hardest = [row.depth - row.needed for row in rows if row.level == tasks.FAMILIES[family][-1]]
-    assert sum(hardest) / len(hardest) == pytest.approx(extra, abs=5 * math.sqrt(extra / len(hardest)))
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_loss_of_a_window_is_that_of_the_plain_loop(family, frozen):
+    """After each of `reads`: mean cross-entropy of deep tokens and a fifth of the others'; held where frozen."""
+    model = fresh_model()
+    batch = fresh(model, CONFIG, HOPS, family, 5)
+    batch.ran[0] = 2
+    if frozen:
+        batch = finish(model, CONFIG, batch, 5)
+    loss, state, guesses = Objective(model)(batch, {1, 3})
+    e, s, by_hand = model.prelude(batch.read()), batch.state, 0.0
+    for i in (1, 2, 3):
+        s = torch.where(batch.frozen[..., None], s, model.recur(s, e))
+        if i != 2:
+            logits = model.coda(s).flatten(0, 1)
+            deep, rest = (labels.flatten() for labels in batch.labels(i))
+            by_hand = by_hand + (F.cross_entropy(logits, deep) + TEMPLATE * F.cross_entropy(logits, rest)) / 2
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(state, s.detach())
+    assert torch.equal(guesses.flatten(), logits.argmax(-1)) and not state.requires_grad
+    grads = gradients(model, loss)
+    for name, expected in gradients(model, by_hand).items():
+        torch.testing.assert_close(grads[name], expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_stage_that_was_missed_is_not_asked_for_its_next_one():
+    model = fresh_model()
+    batch = fresh(model, CONFIG, HOPS, "hops", 1)
+    guesses = batch.labels(2)[0]
+    where = (guesses != IGNORE).nonzero()
+    guesses[tuple(where[0])] += 1
+    before = int((guesses != IGNORE).sum())
+    assert settle(batch, guesses, 2) == pytest.approx(1 - 1 / before)
+    assert batch.ran == [2] * len(batch.problems) and batch.age == 2
+    due = batch.labels(1)[0]
+    assert due[tuple(where[0])] == IGNORE and (due != IGNORE).sum() == before - 1
+    assert due[tuple(where[1])] != IGNORE
+
+
+def test_a_wrong_answer_of_one_stage_can_still_be_put_right():
+    batch = fresh(fresh_model(), CONFIG, HOPS, "words", 1)
+    due = batch.labels(1)[0]
+    assert settle(batch, due + 1, 3) == 0 and torch.equal(batch.labels(1)[0], due)
 
 
 @FAMILY
-def test_rows_of_the_paper_do_not_look_at_the_problem(family):
-    rows = flat(drawn(families=(family,), early=0.0, random=1.0, mean_depth=9))
-    ours = torch.tensor([row.depth for row in rows])
-    paper = sample_depth(9, torch.Generator().manual_seed(5), 20_000)
-    assert distance_of_samples(ours.bincount(), paper.bincount()) < 2
+def test_finished_text_is_frozen_and_the_rest_begins_anew(family):
+    model = fresh_model()
+    noise = fresh(model, CONFIG, HOPS, family, 4).state
+    batch = finish(model, CONFIG, fresh(model, CONFIG, HOPS, family, 4), 4)
+    e, s, reached = model.prelude(batch.read()), noise, []
+    for _ in range(20):
+        s = model.recur(s, e)
+        reached.append(s)
+    held = batch.frozen[..., None].expand_as(noise)
+    assert torch.equal(batch.state[~held], noise[~held])
+    assert any(torch.allclose(batch.state[held], s[held], atol=1e-5) for s in reached[5:]), "after 6 to 20 steps"
+    cuts = []
+    for row, p in enumerate(batch.problems):
+        cut = int(batch.frozen[row].sum())
+        assert batch.frozen[row, :cut].all() and len(p.prompt) - 1 <= cut < len(p.prompt) - 1 + len(p.target)
+        assert all((labels[row, :cut] == IGNORE).all() for labels in batch.labels(1)), "nothing is asked of it"
+        cuts.append(cut - len(p.prompt))
+    assert len(set(cuts)) > 1
+    _, state, _ = Objective(model)(batch, {3})
+    assert torch.equal(state[held], batch.state[held]) and not torch.equal(state[~held], batch.state[~held])
 
 
-@pytest.mark.parametrize(("early", "random"), [(0.45, 0.15), (0.2, 0.5), (0.3, 0.7)])
-def test_the_three_kinds_of_rows_have_their_shares(early, random):
-    """Told apart where no step is added and the paper's depths are far beyond: below, at, and above what is needed."""
-    rows = flat(drawn(families=("automaton",), early=early, random=random, extra=0.0, mean_depth=1000))
-    rows = [row for row in rows if row.needed >= 4]
-    below = sum(1 - 1 / row.needed for row in rows) / len(rows)  # of the early ones
-    kinds = Counter((row.depth > row.needed) - (row.depth < row.needed) for row in rows)
-    assert_shares(kinds, {-1: early * below, 0: 1 - random - early * below, 1: random})
+@pytest.mark.parametrize("family", tasks.ASKED)
+@pytest.mark.parametrize("anew", [0.0, 1.0])
+def test_rewiring_changes_the_arrows_and_keeps_the_state(family, anew):
+    model, phase = fresh_model(), dataclasses.replace(HOPS, rewired=0.5, anew=anew)
+    changed = 0
+    for step in range(6):
+        batch = fresh(model, CONFIG, phase, family, step)
+        batch.ran = [2] * len(batch.problems)
+        before, old = batch.state.clone(), list(batch.problems)
+        rewire(model, CONFIG, phase, batch, step + 100)
+        for row, (p, q) in enumerate(zip(old, batch.problems, strict=True)):
+            n = len(p.prompt) - 1  # what is read before the first token of the answer is due
+            assert torch.equal(batch.state[row, n:], before[row, n:])
+            if p is q:
+                assert batch.ran[row] == 2 and torch.equal(batch.state[row], before[row])
+                continue
+            changed += 1
+            assert batch.ran[row] == 0 and q.walks.letters == p.walks.letters and q.prompt != p.prompt
+            assert torch.equal(batch.state[row, :n], before[row, :n]) == (anew == 0)
+    assert 0.2 < changed / sum(len(fresh(model, CONFIG, phase, family, step).problems) for step in range(6)) < 0.8
 
 
-def test_depths_of_a_row_do_not_hang_on_its_place():
-    """Drawn for each row and each step anew: by the paper's rule, which does not look at the problem."""
-    batches = drawn(families=("automaton",), early=0.0, random=1.0)
-    depths = [tuple(row.depth for row in batch) for batch in batches]
-    assert len(set(depths)) == len(depths)
-    assert len({batch[0] for batch in depths}) > 5 and len(set(depths[0])) > 3
-
-
-@pytest.mark.parametrize("hardest", [0.0, 0.4])
-def test_only_levels_that_have_joined_are_drawn_each_with_its_share(hardest):
-    """A level is drawn from the next pool of rounds on; the hardest as often as it should, the others evenly."""
-    families = ("automaton", "words")
-    of_a_pool = POOL * len(families)  # steps
-    config = TrainingConfig(
-        steps=8 * of_a_pool, joining=0, curriculum=0.8, batch_tokens=600, families=families, hardest=hardest
-    )
-    data, found, rows_of_step = Batches(config, 12), {}, {}
-    for step in range(config.steps):
-        rows, family = rows_of(data[step]), families[step % 2]
-        assert {row.family for row in rows} == {family}
-        assert {row.level for row in rows} <= set(config.levels(family, step)), step
-        assert data[step][0].numel() <= 600
-        found.setdefault((family, step // of_a_pool), Counter()).update(row.level for row in rows)
-        rows_of_step[step] = len(rows)
-    for (family, pool), levels in found.items():
-        joined = config.levels(family, pool * of_a_pool)
-        assert set(levels) == set(joined), (family, pool)
-        if family == "automaton":
-            shares = dict.fromkeys(joined, (1 - hardest) / len(joined))
-            shares[joined[-1]] += hardest
-            assert_shares(levels, shares)
-    for family in families:
-        assert len({len(levels) for (f, _), levels in found.items() if f == family}) > 2, "there was something to see"
-    assert rows_of_step[1] > rows_of_step[config.steps - 1], "shorter problems: more of them"
-
-
-@pytest.mark.parametrize("batch_tokens", [300, 1000, 3000])
-@FAMILY
-def test_a_batch_is_full_and_not_larger_than_it_may_be(family, batch_tokens):
-    """Padding counts; with the longest problems not one row more would fit."""
-    data = Batches(TrainingConfig(curriculum=0, families=(family,), batch_tokens=batch_tokens), 12)
-    sizes = [data[step][0].shape for step in range(2 * POOL)]
-    assert max(rows * length for rows, length in sizes) <= batch_tokens
-    rows, longest = max(sizes, key=lambda size: size[1])
-    assert (rows + 1) * (longest + 1) > batch_tokens
-    assert {size[0] for size in sizes} == {rows}, "every step has as many"
-
-
-def test_a_batch_holds_problems_of_one_size():
-    """Sorted by length within a pool, so that little of a batch is padding; but not from short to long."""
-    data = Batches(TrainingConfig(curriculum=0, families=("words",)), 12)
-    batches = [data[step][0] for step in range(POOL)]
-    assert sum((b == PAD).sum() for b in batches) < 0.1 * sum(b.numel() for b in batches)
-    widths = [b.shape[1] for b in batches]
-    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
-
-
-def test_a_family_that_is_listed_twice_has_two_turns():
-    families = ("words", "hops", "automaton", "hops")
-    batches = drawn(families=families, batch_tokens=200, steps=12)
-    assert [{row.family for row in batch} for batch in batches] == [{family} for family in families] * 3
-    texts = [row.text for batch in batches for row in batch]
-    assert len(texts) == len(set(texts)), "no two are of the same problems"
-
-
-def test_a_batch_is_of_the_family_whose_turn_it_is():
-    """Also where a family joins in the middle of a pool, and whatever was asked for before."""
-    config = TrainingConfig(steps=200, joining=0.5, batch_tokens=200, families=("hops", "automaton", "words", "hops"))
-    data, seen = Batches(config, 12), set()
-    for step in [*range(45, 60), 3, *range(95, 110), 50, 0, 199]:
-        rows = rows_of(data[step])
-        assert {row.family for row in rows} == {config.family(step)}, step
-        assert {row.level for row in rows} <= set(config.levels(config.family(step), step)), step
-        seen |= {row.family for row in rows}
-    assert seen == set(tasks.FAMILIES)
-
-
-def test_no_heldout_problem_is_trained_on():
-    """Of the automaton, whose problems are few: some 30,000 are held out, so 500 and 1,000 of them would meet."""
-    rows = flat(drawn(families=("automaton",)))
-    assert len(rows) > 500
-    assert not {p.text for p in tasks.heldout(1000, 1, "automaton")} & {row.text for row in rows}
-
-
-def same(one, other) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_any_step_of_the_data_can_be_asked_for_again():
-    config = TrainingConfig(batch_tokens=200, seed=4, families=("words", "hops", "hops"), steps=200)
-    data, other = Batches(config, 12), Batches(config, 12)
-    first = {step: data[step] for step in (0, 1, 17, 40, 130)}
-    for step in (40, 130, 0, 17, 1, 1):
-        assert same(first[step], other[step]) and same(first[step], Batches(config, 12)[step])
-    assert len({str(t.tolist()) for t, _, _ in first.values()}) == 5
-    reseeded = Batches(TrainingConfig(batch_tokens=200, seed=5, families=config.families, steps=200), 12)
-    assert not any(torch.equal(first[step][0], reseeded[step][0]) for step in first)
+def test_nothing_else_is_rewired():
+    model, phase = fresh_model(), dataclasses.replace(HOPS, rewired=1.0)
+    for batch in (
+        fresh(model, CONFIG, phase, "words", 0),
+        finish(model, CONFIG, fresh(model, CONFIG, HOPS, "hops", 0), 0),
+    ):
+        old = list(batch.problems)
+        rewire(model, CONFIG, phase, batch, 1)
+        assert all(p is q for p, q in zip(old, batch.problems, strict=True))
 
 
 # --- the measure --------------------------------------------------------------------------------------------------
@@ -558,7 +433,9 @@ def test_exact_match_is_greedy_decoding():
     model = fresh_model().double().eval()
     problems = [p for family in tasks.FAMILIES for p in tasks.heldout(3, seed=11, family=family)]
     for num_steps in (1, None):
-        for p, room in zip(problems, [40, 3, 1, 7, 17, 2, 12, 1, 5], strict=True):  # what it writes is now right
+        for p, room in zip(
+            problems, [40, 3, 1, 7, 17, 2, 12, 1, 5, 9, 2, 4, 3, 8, 1], strict=True
+        ):  # what it writes is now right
             p.target = autoregressive.generate(model, p.prompt, room, num_steps=num_steps, stop_tokens=()).tokens
         assert exact_match(model, problems, num_steps) == 1
         for wrong, p in enumerate(problems, 1):
@@ -571,16 +448,12 @@ def test_exact_match_is_greedy_decoding():
 # --- a run --------------------------------------------------------------------------------------------------------
 
 RUN = dict(
-    steps=12, batch_tokens=400, learning_rate=1e-3, log_every=4, evaluate_every=8, evaluate_on=2, save_every=5, seed=3,
-    families=("words", "hops", "hops"),
+    phases=(
+        Phase(("hops",), window=1, arrows=(6, 7), steps=5, gate=-1.0),
+        Phase(("words", "hops"), window=2, arrows=(6, 9), steps=7, gate=-1.0, frozen=0.5),
+    ),
+    batch_tokens=200, learning_rate=1e-3, warmup=1, log_every=4, evaluate_every=8, evaluate_on=2, save_every=3, seed=3,
 )  # fmt: skip
-
-
-def fresh_model(**sizes) -> RecurrentDepthLM:
-    torch.manual_seed(0)
-    shape = dict(n_embd=32, n_heads=2, intermediate_size=48, vocab_size=128, block_size=256, mean_recurrence=3)
-    shape |= dict(n_layers_in_prelude=1, n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_backprop_depth=2)
-    return RecurrentDepthLM(RecurrentConfig(**(shape | sizes)))
 
 
 def without_times(log: list[dict]) -> list[dict]:
@@ -596,81 +469,69 @@ def straight_run(tmp_path_factory):
 
 def test_a_run_writes_its_log_and_its_checkpoint(straight_run):
     model, log, folder = straight_run
-    assert [row["step"] for row in log] == [4, 8, 12]
+    assert [(row["step"], row["phase"]) for row in log] == [(4, 1), (8, 2), (12, 2)]
     assert [[family in row for family in ("words", "hops")] for row in log] == [[False] * 2, [True] * 2, [True] * 2]
     with open(folder / "log.csv", newline="") as f:
-        reader = csv.DictReader(f)
-        rows = list(reader)
-    assert reader.fieldnames == ["step", "loss", "rate", "seconds", "words", "hops"]
+        rows = list(csv.DictReader(f))
     assert [{k: float(v) for k, v in row.items() if v} for row in rows] == log
-    assert [row["rate"] for row in log] == [TrainingConfig(**RUN).rate(step) for step in (3, 7, 11)]
     assert log[-1]["loss"] < log[0]["loss"], "it learns something"
     loaded = RecurrentDepthLM.from_pretrained(folder / "checkpoint")
     for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_each_family_is_measured_on_problems_of_its_own(tmp_path, monkeypatch):
-    measured = []
-
-    def count(model, problems):
-        (family,) = {p.family for p in problems}
-        measured.append((family, len(problems)))
-        return {"words": 0.25, "automaton": 0.5, "hops": 0.75}[family]
-
-    monkeypatch.setattr(training, "exact_match", count)
-    settings = dict(steps=2, log_every=1, evaluate_every=1, evaluate_on=5, families=("hops", "automaton", "hops"))
-    log = training.train(fresh_model(), TrainingConfig(**(RUN | settings)), Run(tmp_path))
-    assert [(row["hops"], row["automaton"]) for row in log] == [(0.75, 0.5)] * 2
-    assert measured == [("hops", 5), ("automaton", 5)] * 2
-    assert (tmp_path / "log.csv").read_text().startswith("step,loss,rate,seconds,hops,automaton\n")
+def test_a_run_needs_no_folder(straight_run):
+    model, log, _ = straight_run
+    other = fresh_model()
+    assert without_times(training.train(other, TrainingConfig(**RUN))) == without_times(log)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_a_run_is_a_plain_loop_over_its_batches(tmp_path, monkeypatch):
-    """Every step: the batch of that step, states of its own, a clipped gradient, the rate of the step, AdamW."""
-    settings = RUN | dict(steps=5, gradient_clip=0.3, weight_decay=0.2, learning_rate=0.01)
-    config, model, seen, loss = TrainingConfig(**settings), fresh_model(), [], depth_loss
-    monkeypatch.setattr(training, "depth_loss", lambda *args: seen.append(args[1:]) or loss(*args))
-    log = training.train(model, config, Run(tmp_path))
+def test_a_phase_that_has_taught_what_it_should_is_left(tmp_path):
+    phases = (dataclasses.replace(RUN["phases"][0], carried=0.0, learned=-1.0, steps=100), RUN["phases"][1])
+    log = training.train(fresh_model(), TrainingConfig(**RUN | {"phases": phases}))
+    assert log[-1]["step"] == 1 + 7, "one step was enough"
 
-    data, plain, losses = Batches(config, model.config.mean_recurrence), fresh_model(), []
-    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.2, fused=True)
-    for step, (tokens, labels, depths, backprop, state, reads, _) in enumerate(seen):
-        assert same((tokens, labels, depths), data[step])
-        assert backprop == model.config.mean_backprop_depth and reads == data.reads(step, backprop)
-        losses.append(loss(plain, tokens, labels, depths, backprop, state, reads))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        assert torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3) > 0.3
-        optimizer.param_groups[0]["lr"] = config.rate(step)
-        optimizer.step()
-    assert len(losses) == 5
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
-    assert log[0]["loss"] == pytest.approx(sum(losses[:4]).item() / 4)
-    assert log[1]["loss"] == pytest.approx(losses[4].item())
 
-    states = [row for *_, state, _, _ in seen for row in state[:, :5]]  # each (5, d): a row's first positions
-    assert len({tuple(state.flatten().tolist()) for state in states}) == len(states), "another for every row and step"
-    spread = torch.stack(states).std().item()
-    assert spread == pytest.approx(math.sqrt(2 / 5), rel=0.05)
+def test_states_are_carried_from_window_to_window(monkeypatch):
+    """A kept batch comes again with the state that its last window left; without carrying, none does."""
+    seen, forward = [], Objective.forward
+
+    def watched(self, batch, reads):
+        seen.append((batch, batch.age, batch.state.clone(), max(reads)))
+        result = forward(self, batch, reads)
+        seen[-1] += (result[1],)
+        return result
+
+    monkeypatch.setattr(Objective, "forward", watched)
+    config = TrainingConfig(
+        **RUN | {"phases": (dataclasses.replace(HOPS, steps=30, gate=-1.0, rewired=0.0),), "save_every": 99}
+    )
+    training.train(fresh_model(), config)
+    again = [(a, b) for a, b in itertools.combinations(seen, 2) if a[0] is b[0] and b[1] == a[1] + a[3]]
+    assert len(again) > 8 and max(age for _, age, *_ in seen) > 4
+    assert all(torch.equal(a[4], b[2]) for a, b in again)
+    seen.clear()
+    training.train(fresh_model(), dataclasses.replace(config, phases=(dataclasses.replace(HOPS, carried=0.0),)))
+    assert len(seen) == 8 and all(age == 0 for _, age, *_ in seen)
 
 
 # after a save; between two; after a row of the log, with a log that is ahead of the saved weights, as a run leaves it
-# that is killed between writing the two
-@pytest.mark.parametrize(("killed_at", "log_is_ahead"), [(5, False), (7, False), (11, True)])
+# that is killed between writing the two; in the second phase
+@pytest.mark.parametrize(("killed_at", "log_is_ahead"), [(3, False), (5, False), (8, True), (11, False)])
 def test_a_killed_run_goes_on_to_the_same_bits(straight_run, tmp_path, monkeypatch, killed_at, log_is_ahead):
     model, log, folder = straight_run
-    calls, loss = [], training.depth_loss
+    calls, forward = [], Objective.forward
 
     def killed(*args):
         calls.append(1)
         if len(calls) == killed_at + 1:
             raise KeyboardInterrupt
-        return loss(*args)
+        return forward(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "depth_loss", killed)
+        patch.setattr(Objective, "forward", killed)
         with pytest.raises(KeyboardInterrupt):
             training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path))
     if log_is_ahead:
@@ -684,53 +545,29 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight_run, tmp_path, monkeypat
     assert without_times(log_again) == without_times(log)
 
 
-def test_a_run_that_was_to_stop_half_way_goes_on_to_the_same_bits(straight_run, tmp_path):
-    model, log, _ = straight_run
-    other = fresh_model()
-    half = training.train(other, TrainingConfig(**RUN), Run(tmp_path), until=6)
-    assert half[-1]["step"] == 6 and (tmp_path / "checkpoint").is_dir()
-    again = fresh_model()
-    whole = training.train(again, TrainingConfig(**RUN), Run(tmp_path))
-    assert {row["step"]: row["loss"] for row in whole}[12] == {row["step"]: row["loss"] for row in log}[12]
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="until is 13; it must be from 1 to steps, here 12"):
-        training.train(fresh_model(), TrainingConfig(**RUN), Run(tmp_path / "none"), until=13)
-    assert not (tmp_path / "none").exists()
+def test_weights_without_a_gradient_stay_and_a_run_of_them_resumes(tmp_path, monkeypatch):
+    models, calls, forward = [fresh_model(), fresh_model()], [], Objective.forward
+    for model in models:
+        model.transformer.prelude.requires_grad_(False)
 
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return forward(*args)
 
-def test_a_run_that_has_come_so_far_says_how_far(tmp_path):
-    config = TrainingConfig(**RUN | dict(log_every=50, evaluate_every=50, save_every=2))
-    with mock.patch.object(training, "exact_match", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        # the last save is of step 2, and nothing was logged
-        training.train(fresh_model(), config, Run(tmp_path), until=3)
-    log = training.train(fresh_model(), config, Run(tmp_path), until=2)
-    assert [row["step"] for row in log] == [2] and {"loss", "words", "hops"} <= log[0].keys()
-    assert training.train(fresh_model(), config, Run(tmp_path), until=1)[-1]["step"] == 2
-
-
-def test_a_run_that_has_ended_is_not_measured_again(straight_run, monkeypatch):
-    _, log, folder = straight_run
-    monkeypatch.setattr(training, "exact_match", lambda *_: pytest.fail("it is in the log"))
-    assert training.train(fresh_model(), TrainingConfig(**RUN), Run(folder)) == log
-
-
-def test_what_is_frozen_stays_and_a_run_of_it_resumes(tmp_path):
-    models = []
-    for until in (6, 12):
-        models.append(fresh_model())
-        models[-1].transformer.prelude.requires_grad_(False)
-        training.train(models[-1], TrainingConfig(**RUN), Run(tmp_path), until=until)
-    straight = fresh_model()
-    straight.transformer.prelude.requires_grad_(False)
-    training.train(straight, TrainingConfig(**RUN), Run(tmp_path / "straight"))
-    fresh = dict(fresh_model().named_parameters())
-    for (name, a), b in zip(straight.named_parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b) and torch.equal(a, fresh[name]) == ("prelude" in name), name
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Objective, "forward", killed)
+        training.train(models[0], TrainingConfig(**RUN), Run(tmp_path))
+    training.train(models[0], TrainingConfig(**RUN), Run(tmp_path))
+    training.train(models[1], TrainingConfig(**RUN))
+    untrained = dict(fresh_model().named_parameters())
+    for (name, a), b in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, untrained[name]) == ("prelude" in name), name
 
 
 def test_a_model_without_the_tasks_tokens_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size is 64; the tasks' tokenizer needs 112"):
+    with pytest.raises(ValueError, match="vocab_size is 64; the tasks' tokenizer needs 134"):
         training.train(fresh_model(vocab_size=64), TrainingConfig(**RUN), Run(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
@@ -739,9 +576,7 @@ def test_a_model_without_the_tasks_tokens_is_refused(tmp_path):
     ("sizes", "other", "named"),
     [
         ({}, {"learning_rate": 0.5}, "another run: its training.*0.001.*0.5"),
-        ({}, {"steps": 13}, "another run: its training"),
-        ({}, {"staged": False}, "another run: its training"),
-        ({}, {"families": ("words", "hops")}, "another run: its training"),
+        ({}, {"phases": RUN["phases"][:1]}, "another run: its training"),
         ({"mean_recurrence": 4}, {}, "another run: its model.*mean_recurrence"),
     ],
 )
@@ -753,16 +588,17 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(straight_run, 
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_a_finished_run_is_not_run_again(straight_run, monkeypatch):
+def test_a_finished_run_is_neither_run_nor_measured_again(straight_run, monkeypatch):
     model, log, folder = straight_run
-    monkeypatch.setattr(training, "depth_loss", lambda *_: pytest.fail("a step was run"))
+    monkeypatch.setattr(Objective, "forward", lambda *_: pytest.fail("a step was run"))
+    monkeypatch.setattr(training, "exact_match", lambda *_: pytest.fail("it is in the log"))
     again = fresh_model()
     assert training.train(again, TrainingConfig(**RUN), Run(folder)) == log
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_state_is_weights_moments_and_a_number(straight_run):
+def test_state_is_weights_and_moments(straight_run):
     model, _, folder = straight_run
     names = [name for name, _ in model.named_parameters()]
     stored = {f"{kind}.{name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for name in names}
@@ -770,31 +606,40 @@ def test_state_is_weights_moments_and_a_number(straight_run):
     assert not list(folder.rglob("*.part")), "nothing half-written is left"
 
 
+def test_each_family_is_measured_on_problems_of_its_own(monkeypatch):
+    measured = []
+
+    def count(model, problems):
+        (family,) = {p.family for p in problems}
+        assert all(p.split == "heldout" for p in problems)
+        measured.append((family, len(problems)))
+        return {"words": 0.25, "hops": 0.75}[family]
+
+    monkeypatch.setattr(training, "exact_match", count)
+    log = training.train(fresh_model(), TrainingConfig(**RUN | {"evaluate_on": 5, "evaluate_every": 12}))
+    assert (log[-1]["hops"], log[-1]["words"]) == (0.75, 0.25) and "hops" not in log[0]
+    assert measured == [("hops", 5), ("words", 5)]
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"steps": 0}, "steps is 0"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
-        ({"batch_tokens": -1}, "batch_tokens is -1"),
+        ({"batch_tokens": 1e3}, "batch_tokens is 1000.0; it must be a whole number"),
         ({"log_every": 0}, "log_every is 0"),
         ({"evaluate_every": 0}, "evaluate_every is 0"),
         ({"evaluate_on": 0}, "evaluate_on is 0"),
         ({"save_every": 0}, "save_every is 0"),
+        ({"warmup": 0}, "warmup is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
         ({"gradient_clip": math.nan}, "gradient_clip is nan"),
-        ({"warmup": -0.1}, "warmup is -0.1"),
         ({"decay": 1.1}, "decay is 1.1"),
-        ({"curriculum": 2.0}, "curriculum is 2.0"),
-        ({"joining": -0.5}, "joining is -0.5"),
-        ({"reads": 0}, "reads is 0; it must be a whole number, at least 1"),
-        ({"early": -0.5}, "early is -0.5"),
-        ({"random": 1.5}, "random is 1.5"),
-        ({"early": 0.8, "random": 0.3}, "early is 0.8 and random 0.3"),
-        ({"extra": -1.0}, "extra is -1.0"),
-        ({"extra": math.inf}, "extra is inf"),
+        ({"hardest": 2.0}, "hardest is 2.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
-        ({"families": ("words", "sums")}, "family is 'sums'"),
+        ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
+        ({"phases": ()}, "phases is empty"),
     ],
 )
 def test_bad_setting_is_named(wrong, named):
@@ -802,28 +647,31 @@ def test_bad_setting_is_named(wrong, named):
         TrainingConfig(**wrong)
 
 
-def test_a_setting_is_the_same_whoever_made_its_numbers():
-    numpy = TrainingConfig(
-        steps=np.int64(4), extra=np.float64(2), seed=np.int64(3), families="hops", warmup=np.int64(0)
-    )
-    plain = TrainingConfig(steps=4, extra=2, seed=3, families=("hops",), warmup=0)
-    assert numpy == plain and json.dumps(dataclasses.asdict(numpy)) == json.dumps(dataclasses.asdict(plain))
-    assert isinstance(plain.extra, float) and training.Batches(plain, 4)[0][2].dtype == torch.int64
-
-
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"steps": 1e3}, "steps is 1000.0; it must be a whole number"),
-        ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
+        ({"families": ()}, "families is ()"),
+        ({"families": ("words", "sums")}, "family is 'sums'"),
+        ({"window": 0}, "window is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"arrows": (5, 3)}, r"arrows is \(5, 3\)"),
+        ({"arrows": (4, 41)}, r"arrows is \(4, 41\)"),
+        ({"arrows": (2, 9)}, r"arrows is \(2, 9\)"),
+        ({"carried": 1.5}, "carried is 1.5"),
+        ({"rewired": -0.5}, "rewired is -0.5"),
+        ({"anew": 2.0}, "anew is 2.0"),
+        ({"frozen": 2.0}, "frozen is 2.0"),
     ],
 )
-def test_a_number_of_the_wrong_kind_is_named(wrong, named):
+def test_bad_phase_is_named(wrong, named):
     with pytest.raises(ValueError, match=named):
-        TrainingConfig(**wrong)
+        Phase(**{"families": ("hops",), "window": 1} | wrong)
 
 
-def test_all_rows_may_be_of_one_kind():
-    for early, random in [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.9, 0.1), (0.7, 0.3)]:
-        TrainingConfig(early=early, random=random)
+def test_a_setting_is_the_same_whoever_made_its_numbers():
+    numpy = TrainingConfig(
+        seed=np.int64(3), decay=np.float64(1), phases=[Phase(["hops"], np.int64(1), [6, np.int64(7)])]
+    )
+    plain = TrainingConfig(seed=3, decay=1, phases=(Phase(("hops",), 1, (6, 7)),))
+    assert numpy == plain and json.dumps(dataclasses.asdict(numpy)) == json.dumps(dataclasses.asdict(plain))
+    assert isinstance(plain.decay, float)
