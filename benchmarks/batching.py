@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from minirec import RecurrentDepthLM, tasks
 from minirec.continuous_batching import Engine, Pass, Request, Slot, Stage
+from minirec.continuous_batching.slots import Move
 from minirec.decoding import Generation
 from minirec.tasks import Problem
 
@@ -59,10 +60,9 @@ class Replay(Engine):
 
     depths: list[list[int]]
 
-    def _open(self, slot: Slot, *args, **kwargs) -> None:
-        super()._open(slot, *args, **kwargs)
-        if found := len(slot.request.generation.tokens):
-            slot.left = self.depths[slot.request.id][found]
+    def _steps(self, slot: Slot, move: Move) -> int:
+        depths, number = self.depths[slot.request.id], len(slot.request.generation.tokens) + len(move.final)
+        return depths[number] if 0 < number < len(depths) else super()._steps(slot, move)
 
 
 class Run:

@@ -34,12 +34,11 @@ Notebook: 05_adaptive_exit.
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirec.config import flag, number, one_of, shown, whole
 from minirec.decoding import Generation, Grid, check_counts
 from minirec.kv_cache import Window, upload
 from minirec.recurrent_block import RecurrentDepthLM
@@ -131,21 +130,24 @@ def generate(
     starts from the last state of the one before it (2502.05171, section 6.3), not from its own initial state.
     min_steps, check_every: check after step min_steps and every check_every steps from there, against what the check
     before has seen.  options: those of `minirec.decoding.Options`.  Returns a Generation, or a list of them for a
-    batch, whose `passes` count what the whole batch ran; `decodes` count the coda calls of a criterion too.  A bad
-    argument is a ValueError.
+    batch, whose `passes` count what the whole batch ran; `decodes` count the coda calls of a criterion too.  Raises
+    ValueError for a bad argument, FloatingPointError for logits that are not finite.
     """
-    r = model.config.mean_recurrence if num_steps is None else num_steps
-    check_counts(num_steps=r, max_new_tokens=max_new_tokens, min_steps=min_steps, check_every=check_every)
+    r = model.config.depth(num_steps)
+    max_new_tokens, min_steps, check_every = check_counts(
+        max_new_tokens=max_new_tokens, min_steps=min_steps, check_every=check_every
+    )
     if min_steps > r:
-        raise ValueError(f"min_steps is {min_steps}; it must be from 1 to num_steps, here {r}")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(map(repr, CRITERIA))}")
-    default = CRITERIA[criterion][2]
-    threshold = default if threshold is None else threshold
-    if isinstance(default, int):
-        check_counts(threshold=threshold)
-    elif not (isinstance(threshold, Real) and threshold >= 0):
-        raise ValueError(f"threshold is {threshold!r}; it must be a number, 0 or above, for {criterion!r}")
+        raise ValueError(f"min_steps is {shown(min_steps)}; it must be from 1 to num_steps, here {r}")
+    default = CRITERIA[one_of("criterion", criterion, CRITERIA)][2]
+    if threshold is None:
+        threshold = default
+    elif isinstance(default, int):
+        threshold = whole("threshold", threshold, 1)
+    else:
+        threshold = number("threshold", threshold, least=0)
+    exit_in_prefill = flag("exit_in_prefill", exit_in_prefill)
+    continuous_compute = flag("continuous_compute", continuous_compute)
     grid = Grid(model, prompt, max_new_tokens, r, **options)
     rows, checks = range(len(grid.lengths)), range(min_steps, r, check_every)
 
@@ -161,7 +163,7 @@ def generate(
         at = grid.window(starts, 1)
         s, logits, depths = _loop(grid, at, criterion, threshold, checks)
         tokens = grid.choose(grid.decode(s, at) if logits is None else logits, at.positions)  # (B, 1)
-        at.write(grid.tokens[:, 1:], tokens)
+        grid.place(at, tokens)
         if continuous_compute:
             at.write(grid.state[:, 1:], s)
         for row, (token, depth) in enumerate(zip(tokens[:, 0].tolist(), depths, strict=True)):
@@ -183,7 +185,8 @@ def _loop(
     measure, reads, default = CRITERIA[criterion]
     limit, needed = (0.5, threshold) if isinstance(default, int) else (threshold, 1)
     e, s = grid.embed(at), at.read(grid.state)  # (B, W, d) each
-    last, weights = None, 1.0
+    last: Tensor | None = None
+    weights: Tensor | float = 1.0
     if lengths is not None:
         n = torch.tensor(lengths, device=s.device)[:, None]  # (B, 1)
         last = n[:, 0] - 1

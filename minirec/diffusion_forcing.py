@@ -55,7 +55,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minirec.config import whole
+from minirec.config import flag, number, one_of, shown, whole
 from minirec.decoding import Generation, Grid, check_counts
 from minirec.kv_cache import upload
 from minirec.recurrent_block import RecurrentDepthLM
@@ -153,17 +153,28 @@ def generate(
     step k, which may date from an earlier guess.  continuous_compute: a position starts from the state that its left
     neighbour has reached, not from its own initial state (section 3.3: less effective).  options: those of
     `minirec.decoding.Options`.  Returns a Generation, or a list of them for a batch, each row's independent of the
-    others.  A bad argument is a ValueError.
+    others.  Raises ValueError for a bad argument, FloatingPointError for logits that are not finite.
     """
     settings = PAPER | model.generation_config.get("diffusion_forcing", {})
-    r = model.config.mean_recurrence if num_steps is None else num_steps
-    counts = dict(num_steps=r, max_new_tokens=max_new_tokens, headway=headway, max_wavefront=max_wavefront)
-    r, max_new_tokens, headway, max_wavefront = check_counts(**counts)
+    r = model.config.depth(num_steps)
+    max_new_tokens, headway, max_wavefront = check_counts(
+        max_new_tokens=max_new_tokens, headway=headway, max_wavefront=max_wavefront
+    )
     inner = whole("inner_steps", min(settings["inner_steps"], r) if inner_steps is None else inner_steps)
+    if not 1 <= inner <= r:
+        raise ValueError(f"inner_steps is {shown(inner)}; it must be from 1 to num_steps, here {r}")
+    one_of("schedule", schedule, SCHEDULES)
+    one_of("freeze", freeze, ("prefix", "last"))
+    if exit_threshold is not None and schedule in ("token-stability", "fixed"):
+        raise ValueError(f"exit_threshold is {shown(exit_threshold)}, which has no effect with schedule {schedule!r}")
     threshold = settings["exit_threshold"] if exit_threshold is None else exit_threshold
+    threshold = number("exit_threshold", threshold, least=0)
+    noise, momentum = number("noise", noise, least=0, below=1), number("momentum", momentum, least=0, below=1)
+    continuous_compute = flag("continuous_compute", continuous_compute)
     kv = settings["kv"] if kv is None else kv
-    _check(r, inner, threshold, schedule, freeze, noise, momentum)
-    grid = Grid(model, prompt, max_new_tokens, r, spare=min(max_wavefront, max_new_tokens), kv=kv, **options)
+    max_wavefront = min(max_wavefront, max_new_tokens)
+    headway = min(headway, max_wavefront)
+    grid = Grid(model, prompt, max_new_tokens, r, spare=max_wavefront, kv=kv, **options)
     embedding, eta = torch.zeros_like(grid.state), torch.zeros_like(grid.state[..., 0])  # (B, L, d), (B, L)
     change = torch.zeros_like(grid.state)  # (B, L, d): of the state, in the last outer step
     grid.prefill()  # at full depth, as in autoregressive decoding
@@ -188,7 +199,7 @@ def generate(
         if noise:
             fresh = model.initial_state(at.positions, grid.seed + (outer_step << 32), grid.options.init_scale)
             ran = upload([cells + [0] * (at.width - len(cells)) for cells in depths], model.device)
-            s = s.lerp(fresh, (noise / (1 + ran))[..., None].to(s))  # less for deeper positions
+            s = s.lerp(fresh, (noise / (1 + ran.to(s)))[..., None])  # less for deeper positions
         for inner_step in range(inner):
             s = grid.recur(s, e, at, depth + inner_step)
         guesses = grid.choose(grid.decode(s, at), at.positions)  # (B, W): the token after each position
@@ -202,7 +213,7 @@ def generate(
             s, guesses = torch.where(is_open[..., None], s, before), torch.where(is_open, guesses, grid.filler)
             at.write(eta, at.read(eta) * is_open)
         at.write(grid.state, s)
-        at.write(grid.tokens[:, 1:], guesses)
+        grid.place(at, guesses)
 
         # the one synchronisation of the outer step; what freezes is then decided on the host
         for row, (guessed, calm) in enumerate(torch.stack([guesses, moved < threshold], dim=1).tolist()):
@@ -220,17 +231,3 @@ def generate(
                 end = starts[row] + widths[row]
                 grid.state[row, end : starts[row] + n + width] = grid.state[row, end - 1]
     return grid.results()
-
-
-def _check(r, inner_steps, exit_threshold, schedule, freeze, noise, momentum) -> None:
-    if not 1 <= inner_steps <= r:
-        raise ValueError(f"inner_steps is {inner_steps}; it must be from 1 to num_steps, here {r}")
-    if not exit_threshold >= 0:
-        raise ValueError(f"exit_threshold is {exit_threshold}; it must be 0 or above")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(map(repr, SCHEDULES))}")
-    if freeze not in ("prefix", "last"):
-        raise ValueError(f"freeze is {freeze!r}; it must be 'prefix' or 'last'")
-    for name, value in (("noise", noise), ("momentum", momentum)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} is {value}; it must be from 0 to below 1")

@@ -24,6 +24,7 @@ Notebook: 10_full_scale.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,12 @@ class StaticWindow(Window):
     positions (B, W) int64; rope (B, W, 1, 1, c/2); mask (B, 1, W, end) additive.
     """
 
+    mask: Tensor
+
     def __init__(self, cache: KVCache, width: int, end: int, rope: Tensor):
         self.cache, self.width, self.end, self.start, self.causal = cache, width, end, None, False
-        self.table, self.at = rope, None
+        self.table = rope
+        self.at: Window | None = None
         self.offsets = torch.arange(width, device=rope.device)
         self.positions = torch.zeros((cache.batch, width), dtype=torch.int64, device=rope.device)
         self.rope = rope[self.positions]
@@ -67,7 +71,7 @@ class StaticWindow(Window):
         """
         if at is self.at:
             return
-        self.at = at
+        self.at, self.text = at, at.text
         self.positions.copy_((at.positions[:, :1] + self.offsets).clamp(max=self.cache.length - 1))
         self.rope.copy_(self.table[self.positions])
         seen = self.cache.index[: self.end] <= self.positions[..., None]  # (B, W, end)
@@ -81,10 +85,12 @@ class Step:
     call captures it, and from then on it is replayed.
     """
 
-    def __init__(self, at: StaticWindow, inputs: tuple, pool: tuple | None):
+    def __init__(self, at: StaticWindow, inputs: tuple, pool: Any):
         self.at, self.pool = at, pool
         self.inputs = [x.new_zeros(len(x), at.width, *x.shape[2:]) if isinstance(x, Tensor) else x for x in inputs]
-        self.warm, self.graph, self.output = False, None, None
+        self.warm = False
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.output: Tensor
 
     def __call__(self, work: Callable, inputs: tuple) -> Tensor:
         for mine, x in zip(self.inputs, inputs, strict=True):

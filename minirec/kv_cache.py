@@ -21,7 +21,7 @@ written as a view, without a copy (`Diagonal`).  Notebook: 04_kv_cache.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -30,10 +30,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirec.config import RecurrentConfig, whole
+from minirec.config import MOST_STEPS, RecurrentConfig, one_of, shown, whole
 
 COPIED = 24_576  # numbers of a cell's keys up to which a Xeon core copied them faster than it made one more call
 FEW = 8  # cells of a row up to which it shares a call with others that have fewer
+
+
+def slots_kept(num_steps: int, kv: str, kv_slots: int) -> int:
+    """Slots of the recurrent block's keys and values: num_steps with kv "full", kv_slots with "shared".
+
+    Raises ValueError for an unknown kv, for kv_slots outside 1..num_steps, and for kv_slots above 1 with kv "full".
+    """
+    num_steps, kv_slots = whole("num_steps", num_steps, 1, MOST_STEPS), whole("kv_slots", kv_slots)
+    one_of("kv", kv, ("full", "shared"))
+    if not 1 <= kv_slots <= num_steps:
+        raise ValueError(f"kv_slots is {shown(kv_slots)}; it must be from 1 to num_steps, here {num_steps}")
+    if kv == "full" and kv_slots > 1:
+        raise ValueError(f"kv_slots is {kv_slots}, which has no effect with kv 'full'; it needs kv 'shared'")
+    return num_steps if kv == "full" else kv_slots
 
 
 def bytes_per_token(
@@ -43,10 +57,19 @@ def bytes_per_token(
     kv_slots: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Bytes that one token of one sequence takes: 2 (k and v) x layer calls kept x d x bytes of a number."""
-    slots = num_steps if kv == "full" else kv_slots
+    """Bytes that one token of one sequence takes: 2 (k and v) x layer calls kept x d x bytes of a number.
+
+    Raises ValueError as `KVCache` does.
+    """
+    slots, number = slots_kept(num_steps, kv, kv_slots), _format(dtype)
     calls = config.n_layers_in_prelude + config.n_layers_in_recurrent_block * slots + config.n_layers_in_coda
-    return 2 * calls * config.n_embd * dtype.itemsize
+    return 2 * calls * config.n_kv_heads * config.head_dim * number.itemsize
+
+
+def _format(dtype: torch.dtype) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {shown(dtype)}; it must be a floating-point dtype of torch")
+    return dtype
 
 
 def upload(values: Sequence, device: torch.device | str) -> Tensor:
@@ -80,6 +103,34 @@ class Diagonal:
     def __add__(self, steps: int) -> Diagonal:
         return Diagonal(tuple(d + steps for d in self.cells), tuple((i, n, d + steps, f) for i, n, d, f in self.runs))
 
+    def each(self, function: Callable[[int], int]) -> Diagonal:
+        """The function of every depth, cut into runs anew; no run joins cells that two runs held before."""
+        return Diagonal.of([function(depth) for depth in self.cells], {first for first, _, _, _ in self.runs})
+
+
+def of_each_cell(slot: Tensor, rows: int, width: int) -> Tensor:
+    """The slots, if there is one for each cell: other shapes would broadcast to wrong slots, and are a ValueError."""
+    if slot.shape != (rows, width):
+        raise ValueError(f"slots have shape {tuple(slot.shape)}; the cells have ({rows}, {width})")
+    return slot
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention of q (B, H, W, c) to keys and values (B, K, L, c) -> (B, H, W, c); mask (B or 1, 1, W or 1, L).
+
+    H is a multiple of K: query head h reads head h // (H / K) of the keys.  The queries that share a head become more
+    rows of one window, so that keys and values are read where they are, not repeated.
+    """
+    H, K, W = q.shape[1], keys.shape[1], q.shape[2]
+    if H == K:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
+    if causal:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    if mask is not None and W > 1:
+        mask = mask.repeat(1, 1, H // K, 1)
+    q = q.reshape(len(q), K, H // K * W, -1)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(len(q), H, W, -1)
+
 
 def _attend_run(keys: Tensor, values: Tensor, depth: int, fall: int, end: int, q: Tensor, mask: Tensor) -> Tensor:
     """Attend for one run of cells, stored already: keys, values (slots, H, L, c) of its row, q (n, H, c) -> (n, H, c).
@@ -89,12 +140,12 @@ def _attend_run(keys: Tensor, values: Tensor, depth: int, fall: int, end: int, q
     n, stored = len(q), len(keys) - 1 - depth
     if fall == 0:  # all in one slot: a little window
         keys, values = keys[stored, None, :, :end], values[stored, None, :, :end]  # (1, H, end, c)
-        mask = None if n == 1 else mask[:, :end]
-        return F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask)[0].transpose(0, 1)
+        shown = None if n == 1 else mask[:, :end]
+        return attention(q.transpose(0, 1)[None], keys, values, shown)[0].transpose(0, 1)
     steps = slice(stored, stored + (n - 1) * fall + 1, fall)
     keys, values = keys[steps, :, :end], values[steps, :, :end]  # (n, H, end, c): as each cell's step sees them
     mask = mask[:, None, None, :end]  # (n, 1, 1, end)
-    return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+    return attention(q[:, :, None], keys, values, mask)[:, :, 0]
 
 
 def _store_run(kept: Tensor, depth: int, fall: int, start: int, new: Tensor) -> None:
@@ -110,7 +161,7 @@ class KVCache:
     """Keys and values of B rows at L positions, for every layer; allocated once, never grown.
 
     batch B, length L in tokens; num_steps: recurrence steps that "full" keeps apart (deeper steps share the
-    last slot).  Raises ValueError for an unknown kind, for no slots, or for more slots than steps.
+    last slot).  Raises ValueError for a bad argument (see `slots_kept`) and, on a CPU, for lack of memory.
     """
 
     def __init__(
@@ -124,18 +175,23 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        if kv not in ("full", "shared"):
-            raise ValueError(f"kv is {kv!r}; it must be 'full' or 'shared'")
-        kv_slots = whole("kv_slots", kv_slots)
-        if not 1 <= kv_slots <= num_steps:
-            raise ValueError(f"kv_slots is {kv_slots}; it must be from 1 to num_steps, here {num_steps}")
-        self.kv, self.slots = kv, num_steps if kv == "full" else kv_slots
+        self.kv, self.slots = kv, slots_kept(num_steps, kv, kv_slots)
+        batch, length = whole("batch", batch, 1, 2**31 - 1), whole("length", length, 1, 2**31 - 1)
+        needed = bytes_per_token(config, num_steps, kv, kv_slots, dtype) * batch * length
         self.batch, self.length = batch, length
 
         def keys_and_values(layers: int, slots: int) -> Tensor:
             # zeros, not empty: a masked key has weight 0, and 0 times the NaN of unset memory would be NaN
-            shape = (2, layers, slots, batch, config.n_heads, length, config.head_dim)
-            return torch.zeros(shape, device=device, dtype=dtype)
+            shape = (2, layers, slots, batch, config.n_kv_heads, length, config.head_dim)
+            try:
+                return torch.zeros(shape, device=device, dtype=dtype)
+            except RuntimeError as error:
+                if torch.device(device).type != "cpu":
+                    raise  # a GPU's own error has the numbers
+                raise ValueError(
+                    f"batch {batch}, length {length} and {self.slots} slots need {needed:,} bytes of keys and values; "
+                    "there is not enough memory"
+                ) from error
 
         self.parts = {
             "prelude": keys_and_values(config.n_layers_in_prelude, 1),
@@ -162,16 +218,21 @@ class KVCache:
         return sum(t.nbytes for t in self.parts.values())
 
     def slot(self, depth: int | Diagonal | Tensor) -> int | Diagonal | Tensor:
-        """The slot of a recurrence step: `depth` counts the steps before it, for all cells or for each of (B, W)."""
+        """The slot of a recurrence step: `depth` counts the steps before it.
+
+        One for all cells, or one for each as a Diagonal or a tensor: the slots come in the same form, a tensor in the
+        same shape.
+        """
         if self.slots == 1:
             return 0
         if isinstance(depth, Diagonal):
-            if self.kv == "full" and max(depth.cells) < self.slots:
-                return depth
-            depth = upload([depth.cells], self.index.device)
-        if self.kv == "shared":
-            return depth % self.slots
-        return min(depth, self.slots - 1) if isinstance(depth, int) else depth.clamp(max=self.slots - 1)
+            return depth if max(depth.cells) < self.slots else depth.each(self._slot)
+        if isinstance(depth, int):
+            return self._slot(depth)
+        return depth % self.slots if self.kv == "shared" else depth.clamp(max=self.slots - 1)
+
+    def _slot(self, depth: int) -> int:
+        return depth % self.slots if self.kv == "shared" else min(depth, self.slots - 1)
 
     def window(self, starts: list[int], width: int, rope: Tensor) -> Window:
         """The window of `width` positions from starts[b] on in each row b; rope: the table of all L positions.
@@ -183,6 +244,11 @@ class KVCache:
                 f"position {max(starts) + width - 1} is outside the cache, which was allocated for {self.length} tokens"
             )
         return Window(self, starts, width, rope)
+
+    def clear(self, row: int) -> None:
+        """Set a row's keys and values to zero, which leaves nothing there that is not finite."""
+        for kept in self.parts.values():
+            kept[:, :, :, row].zero_()
 
     def copy_deeper(self, row: int, start: int, depths: list[int]) -> None:
         """Let positions of a row that stopped early stand in for the steps they never ran.
@@ -202,8 +268,13 @@ class Window:
     """A few positions of every row: what one pass computes, against all that the cache holds before them.
 
     positions (B or 1, W) int64; rope (B or 1, W, 1, 1, c/2); `start` if all rows share it, else None; `end`: one past
-    the last position; mask (B or 1, 1, W, end) additive, or None where nothing has to be hidden or `causal` does.
+    the last position; mask (B or 1, 1, W, end) additive, or None where nothing has to be hidden or `causal` does; text
+    (B, L) int64: the tokens of all positions, if the model reads those of the window.
     """
+
+    text: Tensor | None = None
+    start: int | None
+    mask: Tensor | None
 
     def __init__(self, cache: KVCache, starts: list[int], width: int, rope: Tensor):
         self.cache, self.width, self.end = cache, width, max(starts) + width
@@ -226,12 +297,17 @@ class Window:
         """Row numbers (B, 1), to index together with positions."""
         return self.cache.rows
 
+    @property
+    def tokens(self) -> Tensor:
+        """The window's tokens, (B, W) int64."""
+        return self.read(self.text)
+
     def read(self, grid: Tensor) -> Tensor:
         """The window's part of a tensor over all positions: (B, L, ...) -> (B, W, ...)."""
         return grid[:, self.start : self.end] if self.start is not None else grid[self.rows, self.positions]
 
-    def write(self, grid: Tensor, values: Tensor) -> None:
-        """Put values (B, W, ...) at the window's positions of grid (B, L, ...), in place."""
+    def write(self, grid: Tensor, values: Tensor | float) -> None:
+        """Put values, (B, W, ...) or one number, at the window's positions of grid (B, L, ...), in place."""
         if self.start is not None:
             grid[:, self.start : self.end] = values
         else:
@@ -251,12 +327,13 @@ class Window:
                 keys[self.rows, :, self.positions] = k.transpose(1, 2)
                 values[self.rows, :, self.positions] = v.transpose(1, 2)
             keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, is_causal=self.causal)
+            y = attention(q, keys, values, self.mask, self.causal)
             return y.transpose(1, 2)
         # every cell at its own depth: let the cells be the batch of the attention
         if isinstance(slot, Diagonal):
             keys, values = self.cache.of_row[part][layer][0]  # (slots, H, L, c) each
             parts = []
+            assert self.start is not None and self.mask is not None, "one row, after its prompt"
             for first, n, depth, fall in slot.runs:
                 run, start = slice(first, first + n), self.start + first
                 _store_run(keys, depth, fall, start, k[0, :, run])
@@ -265,7 +342,7 @@ class Window:
                 parts.append(_attend_run(keys, values, depth, fall, start + n, q[0, :, run].transpose(0, 1), mask))
             return torch.cat(parts)[None]  # (1, W, H, c)
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
-        slot = self.cache.slots - 1 - slot  # as stored
+        slot = self.cache.slots - 1 - of_each_cell(slot, len(q), self.width)  # as stored
         positions = self.positions.expand(slot.shape)  # (B, W)
         keys[slot, self.rows, :, positions] = k.transpose(1, 2)
         values[slot, self.rows, :, positions] = v.transpose(1, 2)
@@ -273,7 +350,7 @@ class Window:
         values = values[slot, self.rows, :, : self.end].flatten(0, 1)
         seen = self.cache.index[: self.end] <= positions.reshape(-1, 1)  # (B W, end)
         q = q.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B W, H, 1, c)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+        y = attention(q, keys, values, seen[:, None, None])
         return y.squeeze(2).unflatten(0, slot.shape)
 
 
@@ -283,6 +360,8 @@ class Cells(Window):
     rows, positions: lists of N row numbers and positions, those of a row side by side and from left to right.  Where a
     method of Window speaks of B rows and W positions, read N and 1.
     """
+
+    mask: Tensor
 
     def __init__(self, cache: KVCache, rows: list[int], positions: list[int], rope: Tensor):
         self.cache, self.width, self.start, self.end = cache, 1, None, max(positions) + 1
@@ -326,32 +405,34 @@ class Cells(Window):
         """
         keys, values = self.cache.parts[part][:, layer]  # (slots, B, H, L, c) each
         rows, positions, q = self._rows[:, 0], self.positions[:, 0], q[:, :, 0]  # (N,), (N,), (N, H, c)
+        stored: int | Tensor
+        together: Collection[int]
         if isinstance(slot, int):
             group, stored = self._few, len(keys) - 1 - slot
             together, where = group.cells, group.where
         elif isinstance(slot, Diagonal):
             group, stored = self._alone, len(keys) - 1 - upload(slot.cells, q.device)  # (N,)
-            copies = q.device.type != "cpu" or q[0].numel() * self.end <= COPIED
+            copies = q.device.type != "cpu" or k[0].numel() * self.end <= COPIED
             together, where = (group.cells, group.where) if copies else ([], group.where)
         else:
-            stored = len(keys) - 1 - slot[:, 0]
+            stored = len(keys) - 1 - of_each_cell(slot, len(q), 1)[:, 0]
             together, where = range(len(q)), slice(None)
         keys[stored, rows, :, positions], values[stored, rows, :, positions] = k[:, :, 0], v[:, :, 0]
         keys, values, y = keys[..., : self.end, :], values[..., : self.end, :], torch.empty_like(q)
-        if together and isinstance(slot, int):
+        if together and isinstance(stored, int):
             y[where] = group.attend(keys[stored], values[stored], q[where])
-        elif together:
+        elif together and isinstance(stored, Tensor):
             here = stored[where] * keys.shape[1] + rows[where]
             ks, vs = (x.flatten(0, 1).index_select(0, here) for x in (keys, values))  # (n, H, end, c) each
             shown = self.mask[where, None, None]  # (n, 1, 1, end)
-            y[where] = F.scaled_dot_product_attention(q[where, :, None], ks, vs, attn_mask=shown)[:, :, 0]
-        if len(together) < len(q):
-            runs = slot.runs if isinstance(slot, Diagonal) else [(first, n, slot, 0) for first, n in self._level]
+            y[where] = attention(q[where, :, None], ks, vs, shown)[:, :, 0]
+        if len(together) < len(q) and not isinstance(slot, Tensor):
+            runs = [(first, n, slot, 0) for first, n in self._level] if isinstance(slot, int) else slot.runs
             for first, n, depth, fall in runs:
                 if first not in together:
                     (row, start), run = self.cells[first], slice(first, first + n)
-                    own = self.cache.of_row[part][layer][row]  # (slots, H, L, c) each
-                    y[run] = _attend_run(*own, depth, fall, start + n, q[run], self.mask[run])
+                    ks, vs = self.cache.of_row[part][layer][row]  # (slots, H, L, c) each
+                    y[run] = _attend_run(ks, vs, depth, fall, start + n, q[run], self.mask[run])
         return y[:, None]
 
 
@@ -382,4 +463,4 @@ class Group:
         rows, columns, mask = self.places
         window = q.new_zeros(len(keys), q.shape[1], mask.shape[2], q.shape[2])  # (B, H, W, c)
         window[rows, :, columns] = q
-        return F.scaled_dot_product_attention(window, keys, values, attn_mask=mask)[rows, :, columns]
+        return attention(window, keys, values, mask)[rows, :, columns]

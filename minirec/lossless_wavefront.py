@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import torch
 
+from minirec.config import shown, whole
 from minirec.decoding import Generation, Grid, check_counts
 from minirec.kv_cache import upload
 from minirec.recurrent_block import RecurrentDepthLM
@@ -82,17 +83,16 @@ def generate(
     max_wavefront, at least 1: the most positions in flight (None: no limit; num_steps / guess_after suffice).
     options: those of `minirec.decoding.Options`.  With kv="shared" a position reads steps of its past that
     autoregressive decoding would not, so the guarantee needs kv="full".  Returns a Generation, or a list of them for a
-    batch, each row's independent of the others.  A bad argument is a ValueError.
+    batch, each row's independent of the others.  Raises ValueError for a bad argument, FloatingPointError for logits
+    that are not finite.
     """
-    r = model.config.mean_recurrence if num_steps is None else num_steps
-    r, max_new_tokens = check_counts(num_steps=r, max_new_tokens=max_new_tokens)
+    r = model.config.depth(num_steps)
     if guess_after is None:
         guess_after = min(r, model.generation_config.get("lossless_wavefront", {}).get("guess_after", 4))
-    (guess_after,) = check_counts(guess_after=guess_after)
+    max_new_tokens, guess_after = check_counts(max_new_tokens=max_new_tokens, guess_after=guess_after)
     if guess_after > r:
-        raise ValueError(f"guess_after is {guess_after}; it must be from 1 to num_steps, here {r}")
-    check_counts(max_wavefront=r if max_wavefront is None else max_wavefront)
-    widest = -(-r // guess_after) if max_wavefront is None else max_wavefront
+        raise ValueError(f"guess_after is {shown(guess_after)}; it must be from 1 to num_steps, here {r}")
+    widest = -(-r // guess_after) if max_wavefront is None else whole("max_wavefront", max_wavefront, 1)
     grid = Grid(model, prompt, max_new_tokens, r, spare=min(widest, max_new_tokens), **options)
     initial, embedding = grid.state.clone(), torch.zeros_like(grid.state)  # (B, L, d) each
     grid.prefill()
@@ -118,7 +118,7 @@ def generate(
         guesses = grid.choose(grid.decode(s, at), at.positions)  # (B, W): the token after each position
         # a narrower row's cells beyond its width are overwritten before anything reads them
         at.write(grid.state, s)
-        at.write(grid.tokens[:, 1:], guesses)
+        grid.place(at, guesses)
 
         for row, guessed in enumerate(guesses.tolist()):  # the one synchronisation of the outer step
             if grid.finished[row]:

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from minirec.config import whole
+
 _32_BITS = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads neighbouring integers apart
 
@@ -24,13 +26,24 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def as_seed(seed) -> int:
+    """The seed of a row's noise, an int64; ValueError for anything else."""
+    return whole("seed", seed, -(2**63), 2**63 - 1)
+
+
 def uniform(seed: int | Tensor, positions: Tensor, n: int, stream: int = 0) -> Tensor:
     """n numbers in the open interval (0, 1) for every position; a function of the arguments alone.
 
-    seed: an int, or an int64 tensor that broadcasts against positions (one seed per row); positions (...)
-    int64 -> (..., n) float32.  `stream` keeps different uses of one seed apart.
+    seed: an int64, as an int or as a tensor that broadcasts against positions (one seed per row); positions (...)
+    int64 -> (..., n) float32.  `stream` keeps different uses of one seed apart.  Raises ValueError for a seed of
+    another type.
     """
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=positions.device)
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor(as_seed(seed), device=positions.device)
+    elif seed.dtype != torch.int64:
+        raise ValueError(f"seed has dtype {seed.dtype}; it must be torch.int64")
+    else:
+        seed = seed.to(positions.device)
     key = _mix(seed & _32_BITS)
     key = _mix((key + ((seed >> 32) & _32_BITS) * _GOLDEN) & _32_BITS)
     key = _mix((key + stream * _GOLDEN) & _32_BITS)

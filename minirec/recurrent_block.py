@@ -23,15 +23,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from minirec.config import RecurrentConfig
+from minirec.config import RecurrentConfig, number, shown
 from minirec.noise import truncated_normal
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -68,11 +70,17 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     A pair is one complex number, so the rotation is one multiplication; it is done in float32 or wider.
     """
     pairs = torch.view_as_complex(wide(x).view(*x.shape[:-1], -1, 2))  # (B, T, n, H, head_dim/2)
-    return torch.view_as_real(pairs * rope).view(x.shape).to(x.dtype)
+    turned = torch.view_as_real(pairs * rope).view(x.shape)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)  # a cast to the same format is not free
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention: position t attends to positions 0..t.  q, k, v (B, H, T, c) -> (B, T, H, c)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions and a learned offset on queries and keys."""
+    """Multi-head attention with rotary positions and a learned offset on queries and keys."""
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
@@ -83,16 +91,24 @@ class Attention(nn.Module):
         shape = (2, 1, config.n_heads, config.head_dim)
         self.qk_bias = nn.Parameter(torch.zeros(shape)) if config.qk_bias else None
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """x (B, T, d), rope (T, 1, 1, head_dim/2) -> (B, T, d); position t attends to positions 0..t."""
-        qkv = rearrange(self.Wqkv(x), "b t (n h c) -> b t n h c", n=3, h=self.n_heads)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # (B, T, 2, H, c), (B, T, H, c)
-        if self.qk_bias is not None:
-            qk = qk + rearrange(self.qk_bias, "n 1 h c -> n h c")
-        q, k = rotate(qk, rope).unbind(2)  # (B, T, H, c) each
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, c)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.proj(rearrange(y, "b h t c -> b t (h c)"))  # (B, T, d)
+    @property
+    def offset(self) -> Tensor | None:
+        """What is added to queries and keys, (2, H, c), if anything is."""
+        return None if self.qk_bias is None else self.qk_bias.squeeze(1)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
+        """x (B, T, d), rope (T, 1, 1, head_dim/2) -> (B, T, d).
+
+        attend: q, k, v (B, H, T, c) -> (B, T, H, c).  Training attends to the window itself; decoding stores k and v
+        in the cache, then attends to all that it holds.
+        """
+        B, T, _ = x.shape
+        qkv = self.Wqkv(x).view(B, T, 3, self.n_heads, -1)  # (B, T, 3, H, c)
+        offset = self.offset
+        qk = qkv[:, :, :2] if offset is None else qkv[:, :, :2] + offset  # (B, T, 2, H, c)
+        q, k = rotate(qk, rope).transpose(1, 3).unbind(2)  # (B, H, T, c) each
+        y = attend(q, k, qkv[:, :, 2].transpose(1, 2))  # (B, T, H, c)
+        return self.proj(y.flatten(2))  # (B, T, d)
 
 
 class GatedMLP(nn.Module):
@@ -104,8 +120,9 @@ class GatedMLP(nn.Module):
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
         gate, value = self.fc(x).chunk(2, dim=-1)  # (B, T, intermediate_size) each
-        return self.proj(F.silu(gate) * value)
+        return self.proj(F.silu(gate).mul_(value))
 
 
 class SandwichBlock(nn.Module):
@@ -126,10 +143,32 @@ class SandwichBlock(nn.Module):
         self.mlp = GatedMLP(config)
         self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T, d)."""
-        x = self.norm_2(x + self.attn(self.norm_1(x), rope))
-        return self.norm_4(x + self.mlp(self.norm_3(x)))
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = causal) -> Tensor:
+        """(B, T, d) -> (B, T, d); rope and attend as for `Attention`."""
+        x = self.norm_2(self.attn(self.norm_1(x), rope, attend).add_(x))  # in place: decoding is many small calls
+        return self.norm_4(self.mlp(self.norm_3(x)).add_(x))
+
+
+class Whole:
+    """All positions of a sequence at once, with plain causal attention: where the model runs unless told otherwise.
+
+    Decoding runs the same model `at` a few positions against a cache instead: `minirec.kv_cache.Window` has the same
+    two members.  rope: the rotation of every position, as from `RecurrentDepthLM.rope`.
+    """
+
+    def __init__(self, rope: Tensor):
+        self.rope = rope
+
+    def attend(self, part: str, layer: int, slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`causal`, for every part, layer and slot."""
+        return causal(q, k, v)
+
+
+def run(blocks, x: Tensor, at, part: str, slot=0) -> Tensor:
+    """x (B, W, d) through some blocks `at` some positions; part and slot say where a cache keeps keys and values."""
+    for layer, block in enumerate(blocks):
+        x = block(x, at.rope, partial(at.attend, part, layer, slot))
+    return x
 
 
 @dataclass
@@ -143,14 +182,14 @@ class Output:
 class RecurrentDepthLM(nn.Module):
     """A recurrent-depth language model: prelude, iterated recurrent block, coda (2502.05171, section 3.2).
 
-    The three parts are methods and can be used alone; the tokens stand at positions 0..T-1.  This is the plain
-    version, which training uses.  Decoding runs the same blocks a few positions at a time against stored keys and
-    values (`minirec.decoding`), and is tested to give the same numbers.
+    The three parts are methods and can be used alone; the tokens are at positions 0..T-1.  Decoding calls the same
+    methods `at` a few positions, with attention to stored keys and values (`minirec.decoding`).
     """
 
     # Reading and writing files is above this module, so the package attaches these two (minirec/__init__.py).
     from_pretrained: ClassVar[Callable[..., RecurrentDepthLM]]
     save_pretrained: Callable[..., None]
+    transformer: Any  # a ModuleDict: PyTorch has no types for what its names stand for
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
@@ -211,60 +250,79 @@ class RecurrentDepthLM(nn.Module):
         """The state before the first step: truncated normal of variance 2/5 (2502.05171, 3.2), times scale.
 
         positions (..., T) int64 -> (..., T, d) in the model's dtype.  A position's state depends on
-        (seed, position) alone: not on the batch, on the cache, or on when it is asked for.  Scale 0 gives zeros.
+        (seed, position) alone: not on the batch, the cache, or the order of calls.  seed: int64, as an int or as a
+        tensor that broadcasts against positions; scale: from 0 (zeros) to 1000.  Raises ValueError for others.
         """
+        scale = number("scale", scale, least=0, most=1000)
         std = self.config.init_std * math.sqrt(self.config.n_embd) * scale
         return truncated_normal(seed, positions, self.config.n_embd, std).to(self.dtype)
 
-    def _rope_of(self, x: Tensor) -> Tensor:
-        return self.rope(torch.arange(x.shape[1], device=x.device))
+    def whole(self, x: Tensor) -> Whole:
+        """The positions 0..T-1 that tokens (B, T) or states (B, T, d) stand at."""
+        return Whole(self.rope(torch.arange(x.shape[1], device=x.device)))
 
-    def prelude(self, tokens: Tensor) -> Tensor:
+    def prelude(self, tokens: Tensor, at=None) -> Tensor:
         """P: tokens (B, T) int64 -> e (B, T, d), what every recurrence step is conditioned on."""
         e = self.transformer.wte(tokens) * math.sqrt(self.config.n_embd)  # (B, T, d)
-        rope = self._rope_of(e)
-        for block in self.transformer.prelude:
-            e = block(e, rope)
-        return e
+        return run(self.transformer.prelude, e, at or self.whole(e), "prelude")
 
-    def recur(self, s: Tensor, e: Tensor) -> Tensor:
+    def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:
         """R: one recurrence step, state and embedding (B, T, d) each -> the next state (B, T, d)."""
-        s = self.transformer.adapter(torch.cat([s, e], dim=-1))  # (B, T, 2d) -> (B, T, d)
-        rope = self._rope_of(s)
-        for block in self.transformer.core_block:
-            s = block(s, rope)
-        return s
+        x = self.transformer.adapter(torch.cat([s, e], dim=-1))  # (B, T, 2d) -> (B, T, d)
+        return run(self.transformer.core_block, x, at or self.whole(x), "core", slot)
 
-    def coda(self, s: Tensor) -> Tensor:
-        """C: state (B, T, d) -> logits (B, T, V) in float32 or wider: ln_f, coda blocks, ln_f again, head."""
-        x = self.transformer.ln_f(s)
-        rope = self._rope_of(x)
-        for block in self.transformer.coda:
-            x = block(x, rope)
-        return wide(self.lm_head(self.transformer.ln_f(x)))  # (B, T, V)
+    def coda(self, s: Tensor, at=None, only: Tensor | None = None) -> Tensor:
+        """C: state (B, T, d) -> logits (B, T, V) in float32 or wider: ln_f, coda blocks, ln_f again, head.
+
+        only (B,) int64: the one position of each row that is read; logits are then (B, 1, V).
+        """
+        x = run(self.transformer.coda, self.transformer.ln_f(s), at or self.whole(s), "coda")
+        if only is not None:
+            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, d)
+        return wide(self.lm_head(self.transformer.ln_f(x)))
 
     def forward(self, tokens: Tensor, num_steps: int | None = None, state: Tensor | None = None) -> Output:
         """Run `num_steps` recurrence steps on tokens (B, T) int64, from `state` (B, T, d) or the initial one.
 
         num_steps None is the config's mean_recurrence.  Since `state` goes in and comes out, r1 steps and
-        then r2 more are r1 + r2 steps.  Raises ValueError if the tokens are longer than the context.
+        then r2 more are r1 + r2 steps.  Raises ValueError for a bad argument; see `checked_steps`.
         """
-        num_steps = self.checked_steps(tokens, num_steps)
-        e = self.prelude(tokens)
+        num_steps = self.checked_steps(tokens, num_steps, state)
+        at = self.whole(tokens)
+        e = self.prelude(tokens, at)
         s = state
         if s is None:
             s = self.initial_state(torch.arange(tokens.shape[1], device=e.device)).expand_as(e)  # (B, T, d)
         for _ in range(num_steps):
-            s = self.recur(s, e)
-        return Output(logits=self.coda(s), state=s)
+            s = self.recur(s, e, at)
+        return Output(logits=self.coda(s, at), state=s)
 
-    def checked_steps(self, tokens: Tensor, num_steps: int | None) -> int:
-        """num_steps, or the config's mean_recurrence for None; ValueError if it or the shape of tokens is wrong."""
-        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.config.block_size:
+    def checked_steps(self, tokens: Tensor, num_steps: int | None, state: Tensor | None = None) -> int:
+        """num_steps, or the config's mean_recurrence for None.
+
+        Raises ValueError if it is not a whole number from 0 to `config.MOST_STEPS`; if tokens is not an integer tensor
+        (B, T) of token ids that fits the context; or if state is given and is not (B, T, d) in the model's dtype.
+        """
+        num_steps = self.config.depth(num_steps, least=0)
+        kind = getattr(tokens, "dtype", None)
+        if not isinstance(tokens, Tensor) or kind not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens is {shown(tokens)}; it must be an int64 tensor (B, T)")
+        if tokens.dim() != 2 or not len(tokens) or not 1 <= tokens.shape[1] <= self.config.block_size:
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)}; it must be (B, T) with T from 1 to {self.config.block_size}"
             )
-        num_steps = self.config.mean_recurrence if num_steps is None else num_steps
-        if num_steps < 0:
-            raise ValueError(f"num_steps is {num_steps}; it must be at least 0")
+        if not tokens.is_meta and not torch.compiler.is_compiling():
+            least, most = torch.stack(tokens.aminmax()).tolist()
+            if least < 0 or most >= self.config.padded_vocab_size:
+                raise ValueError(
+                    f"tokens holds {least if least < 0 else most}; token ids are from 0 to "
+                    f"{self.config.padded_vocab_size - 1}"
+                )
+        if state is not None:
+            shape = (*tokens.shape, self.config.n_embd)
+            if not isinstance(state, Tensor) or tuple(state.shape) != shape:
+                given = f"has shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"is {shown(state)}"
+                raise ValueError(f"state {given}; it must be {shape}, the shape of tokens and n_embd")
+            if state.dtype != self.dtype and not torch.is_autocast_enabled(self.device.type):
+                raise ValueError(f"state is {state.dtype}; it must be {self.dtype}, as the model is")
         return num_steps

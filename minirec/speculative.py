@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import torch
 
+from minirec.config import flag, number, shown
 from minirec.decoding import Generation, Grid, check_counts
 from minirec.recurrent_block import RecurrentDepthLM
 
@@ -55,15 +56,18 @@ def generate(
     accept, above 0 and at most 1: see above.  reuse: go on from the draft's states.  options: those of
     `minirec.decoding.Options`; with kv="shared" a draft reads other steps of its past than the verifier would, so
     equality with autoregressive decoding needs kv="full".  Returns a Generation, or a list of them for a batch; each
-    row accepts on its own and gets what it would get alone.  A bad argument is a ValueError.
+    row accepts on its own and gets what it would get alone.  Raises ValueError for a bad argument, FloatingPointError
+    for logits that are not finite.
     """
-    r = model.config.mean_recurrence if num_steps is None else num_steps
-    r, max_new_tokens, lookahead = check_counts(num_steps=r, max_new_tokens=max_new_tokens, lookahead=lookahead)
-    (draft_steps,) = check_counts(draft_steps=min(r, 4) if draft_steps is None else draft_steps)
+    r = model.config.depth(num_steps)
+    max_new_tokens, lookahead, draft_steps = check_counts(
+        max_new_tokens=max_new_tokens,
+        lookahead=lookahead,
+        draft_steps=min(r, 4) if draft_steps is None else draft_steps,
+    )
     if draft_steps > r:
-        raise ValueError(f"draft_steps is {draft_steps}; it must be from 1 to num_steps, here {r}")
-    if not 0 < accept <= 1:
-        raise ValueError(f"accept is {accept}; it must be above 0 and at most 1")
+        raise ValueError(f"draft_steps is {shown(draft_steps)}; it must be from 1 to num_steps, here {r}")
+    accept, reuse = number("accept", accept, above=0, most=1), flag("reuse", reuse)
     lookahead = min(lookahead, max_new_tokens)
     grid = Grid(model, prompt, max_new_tokens, r, spare=lookahead, **options)
     grid.prefill()
@@ -76,7 +80,7 @@ def generate(
             e, s = grid.embed(at), at.read(grid.state)  # (B, 1, d) each
             for depth in range(draft_steps):
                 s = grid.recur(s, e, at, depth)
-            at.write(grid.tokens[:, 1:], grid.choose(grid.decode(s, at), at.positions))
+            grid.place(at, grid.choose(grid.decode(s, at), at.positions))
             embeddings.append(e)
             states.append(s)
         at = grid.window(starts, width)
@@ -91,7 +95,7 @@ def generate(
             p = logits.softmax(-1)  # (B, W, V)
             right |= p.gather(-1, drafts[..., None])[..., 0] >= accept * p.amax(-1)
         tokens = torch.where(right, drafts, guesses)
-        at.write(grid.tokens[:, 1:], tokens)  # behind a wrong draft they are overwritten before anything reads them
+        grid.place(at, tokens)  # behind a wrong draft they are overwritten before anything reads them
 
         for row, (row_tokens, passed) in enumerate(torch.stack([tokens, right], dim=1).tolist()):
             if grid.finished[row]:

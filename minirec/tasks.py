@@ -7,7 +7,7 @@ Five families share one vocabulary.  Each has a dial for difficulty, the level: 
     tolls      k>c 3, m>a 7, a>d 1, c>f 5, d>d 0, f>f 0. Largest k m.
                k>5, m>7
     reports    k>c, m>a, a>d, c>f, d>d, f>f. Say k m.
-               Whoever starts at k and follows all the arrows ends at f. Whoever starts at m ...
+               Whoever starts at k and follows the arrows gets to f. Whoever starts at m ...
     automaton  Run 3 steps from 0110100101101001.
                0110010010011000
     words      Mia has 12 pears. First Mia buys 5 more pears. Then Mia gives 3 pears to Tom. How many pears ...?
@@ -43,6 +43,8 @@ from itertools import takewhile
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from minirec.config import one_of, shown, whole
+
 SPECIAL = ["<pad>", "<begin>", "<end>"]
 PUNCTUATION = list(".,?+-*/=")
 DIGITS = list("0123456789")
@@ -55,10 +57,7 @@ WORDS = (
 ).split()
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN")
 VOCABULARY = SPECIAL + PUNCTUATION + DIGITS + ORDINALS + NAMES + THINGS + WORDS + LETTERS
-VOCABULARY += (
-    "brings takes twice as Report Tell Say Largest From arrows lead place and end last places at Whoever starts ends "
-    "follows all"
-).split()
+VOCABULARY += "brings takes twice as Say Tell Report Largest Whoever starts at and follows arrows end".split()
 
 PAD, BEGIN, END = range(3)
 
@@ -103,9 +102,9 @@ ASKED = {
     "hops": {"Follow": "{0}>{1},"},
     "tolls": {"Largest": "{0}>{2},"},
     "reports": {
-        "Say": "Whoever starts at {0} and follows all the arrows ends at {1}.",
-        "Tell": "Follow the arrows from {0} and the last of the places is {1}.",
-        "Report": "From {0} the arrows lead from place to place and end at {1}.",
+        "Say": "Whoever starts at {0} and follows the arrows gets to {1}.",
+        "Tell": "Follow the arrows from {0} to the end and the answer is {1}.",
+        "Report": "The answer to the arrows from {0} to the end is {1}.",
     },
 }
 QUERIES = {"hops": (3, 3), "tolls": (3, 3), "reports": (4, 8)}  # fewest and most
@@ -122,6 +121,7 @@ class Walks:
     letters: list[str]  # all places; the first ones are those asked for
     queries: int  # how many are asked for
     deepest: int  # arrows from the place that is farthest from its end
+    ends: bool  # False: walks go round, so that nobody can guess an end instead of following arrows
     # of each walk after 1, 2, ... steps: where it is, and the largest toll on the way
     places: list[list[tuple[str, int]]] = field(default_factory=list)
 
@@ -187,18 +187,24 @@ class Problem:
         return problem
 
 
-def _forest(rng: random.Random, w: Walks) -> dict[str, str]:
+def _forest(rng: random.Random, w: Walks, at: list[str]) -> dict[str, str]:
     """One arrow out of every place, in the order of the text; ends point to themselves.
 
-    The places asked for have no arrow into them; one of them is `deepest` arrows from its end.
+    The places asked for have no arrow into them; one of them is `deepest` arrows from its end.  The places `at`, where
+    walks are, are not ends: each walk has a step to go.
     """
     heads, rest = w.letters[: w.queries], w.letters[w.queries :]
     rng.shuffle(rest)
+    if not w.ends:
+        arrows = [(place, rng.choice([other for other in rest if other != place])) for place in w.letters]
+        rng.shuffle(arrows)
+        return dict(arrows)
+    rest.sort(key=at.__contains__)  # so that there are ends to lead to
     deepest = rng.randrange(w.queries)
     by_depth: list[list[str]] = [[] for _ in range(w.deepest)]  # places that may have an arrow into them
     next_of = {}
     for i, place in enumerate(rest):
-        depth = i if i < w.deepest else rng.randint(0, w.deepest)  # first one walk that is deep enough
+        depth = i if i < w.deepest else rng.randint(place in at, w.deepest)  # first one walk that is deep enough
         next_of[place] = rng.choice(by_depth[depth - 1]) if depth else place
         if depth < w.deepest:
             by_depth[depth].append(place)
@@ -210,24 +216,24 @@ def _forest(rng: random.Random, w: Walks) -> dict[str, str]:
     return dict(arrows)
 
 
-def _walks(rng: random.Random, family: str, level: int, arrows: tuple[int, int]) -> Problem:
+def _walks(rng: random.Random, family: str, level: int, arrows: tuple[int, int], ends: bool) -> Problem:
     """A problem about walks of at most `level` arrows, among so many arrows in all."""
     fewest, most = QUERIES[family]
     fewest = min(fewest, arrows[0] // 3)
     n = max(rng.randint(*arrows), level + fewest + 1)  # the longest walk, and where the others begin
     most = min(most, n // 3, n - level - 1)
     queries, letters = rng.randint(fewest, most), rng.sample(LETTERS, n)
-    walks = Walks(rng.choice(list(ASKED[family])), letters, queries, level)
+    walks = Walks(rng.choice(list(ASKED[family])), letters, queries, level, ends)
     return _walk_on(rng, family, walks, [(head, 0) for head in letters[:queries]])
 
 
 def _walk_on(rng: random.Random, family: str, walks: Walks, at: list[tuple[str, int]]) -> Problem:
     """The problem that newly drawn arrows make of walks that have come to the places `at`."""
-    next_of, heads = _forest(rng, walks), walks.letters[: walks.queries]
+    next_of, heads = _forest(rng, walks, [place for place, _ in at]), walks.letters[: walks.queries]
     toll = {place: 0 if place == end else rng.randint(1, 9) for place, end in next_of.items()}
     pairs = [f"{a}>{b} {toll[a]}" if family == "tolls" else f"{a}>{b}" for a, b in next_of.items()]
     form, stages, places = ASKED[family][walks.asked], [], []
-    for _ in range(walks.deepest + 1):  # the last one finds that nothing changes
+    for _ in range(walks.deepest + walks.ends):  # the last one finds that nothing changes
         at = [(next_of[place], max(largest, toll[place])) for place, largest in at]
         said = " ".join(form.format(head, *reached) for head, reached in zip(heads, at, strict=True)).rstrip(",")
         places.append(at)
@@ -290,12 +296,17 @@ def _automaton(rng: random.Random, steps: int) -> Problem:
     return Problem(text, tuple(rows), rows[-1], "automaton", steps, list(range(CELLS)))
 
 
-def draw(rng: random.Random, split: str, family: str, level: int, arrows: tuple[int, int] = ARROWS) -> Problem:
-    """The next problem of a split, family and level; `arrows`: the fewest and the most of one that has any."""
+def draw(
+    rng: random.Random, split: str, family: str, level: int, arrows: tuple[int, int] = ARROWS, ends: bool = True
+) -> Problem:
+    """The next problem of a split, family and level; `arrows`: the fewest and the most of one that has any.
+
+    ends: without them walks go round, and the answer is where they are after `level` arrows: an exercise for training.
+    """
     write = {"automaton": _automaton, "words": _word_problem}
     while True:
         if family in ASKED:
-            problem = _walks(rng, family, level, arrows)
+            problem = _walks(rng, family, level, arrows, ends)
         else:
             problem = write[family](rng, level)
         if problem.split == split and problem.level == level:  # the largest toll of a walk may come early
@@ -307,13 +318,13 @@ def problems(split: str, seed: int | str = 0, family: str = "words", level: int 
 
     Raises ValueError for an unknown split or family, or a level that the split does not have.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
-    if family not in FAMILIES:
-        raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
+    one_of("split", split, ("train", "heldout"))
+    one_of("family", family, FAMILIES)
     levels = FAMILIES[family] + (HARDER[family] if split == "heldout" else ())
+    level = None if level is None else whole("level", level)
     if level is not None and level not in levels:
-        raise ValueError(f"level is {level}; in split {split!r} family {family!r} has levels {levels}")
+        raise ValueError(f"level is {shown(level)}; in split {split!r} family {family!r} has levels {levels}")
+    seed = seed if isinstance(seed, str) else whole("seed", seed)
     rng = random.Random(f"{split} {seed} {family} {level}")
     while True:
         yield draw(rng, split, family, level or rng.choice(FAMILIES[family]))
@@ -325,8 +336,7 @@ def heldout(n: int, seed: int = 0, family: str = "words", level: int | None = No
     level None mixes the trained levels evenly; one of HARDER[family] is harder than any that training shows.  Raises
     ValueError if there are not so many.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
+    n = whole("n", n, 1, 10**6)
     seen: dict[str, Problem] = {}
     in_vain = 0
     for problem in problems("heldout", seed, family, level):

@@ -42,11 +42,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minirec import tasks
-from minirec.config import number, whole
+from minirec.config import MOST_STEPS, flag, number, one_of, plain, whole
 from minirec.recurrent_block import RecurrentDepthLM
 from minirec.tasks import PAD, task_tokenizer
 
 IGNORE = -100  # label of a position that carries no loss; what cross_entropy ignores, too
+MOST = {"batch_tokens": 2**24, "evaluate_on": 10**6, "window": MOST_STEPS}  # upper bounds of the settings
 KEPT = 8  # states of a family that are kept at once
 OLDEST = 40  # recurrence steps after which a state is dropped
 TEMPLATE = 0.2  # weight of the loss of all tokens but the deep ones
@@ -59,40 +60,43 @@ class Phase:
     families: tuple[str, ...]  # in turn, a batch each
     window: int  # recurrence steps of an optimiser step, all with gradient; of problems without arrows see WINDOWS
     arrows: tuple[int, int] = tasks.ARROWS  # fewest and most of a problem
+    ends: bool = True  # whether walks come to an end, or go round: without ends nobody can guess them
     carried: float = 0.7  # share of the windows that go on from a kept state, if there is one
     gate: float = 0.6  # a state is kept if more than this share of its deep tokens was right
     rewired: float = 0.5  # share of its rows that get other arrows
     anew: float = 0.0  # share of the carried windows in which the prompt begins anew, from noise
+    hidden: float = 0.0  # share of the carried windows in which the answer does not say where a walk began
     frozen: float = 0.0  # share of the fresh windows in which part of the text is finished first
     learned: float = 0.93  # ends when so much is right, by family, fresh and carried; above 1: never
     steps: int = 10_000  # or after so many
 
     def __post_init__(self):
-        _plain_numbers(self)
-        self.families, self.arrows = tuple(self.families), tuple(whole("arrows", n) for n in self.arrows)
+        _check_numbers(self)
+        self.families = tuple(one_of("family", family, tasks.FAMILIES) for family in plain(self.families))
         if not self.families:
-            raise ValueError(f"families is (); it must name one at least of {', '.join(tasks.FAMILIES)}")
-        for family in self.families:
-            if family not in tasks.FAMILIES:
-                raise ValueError(f"family is {family!r}; it must be one of {', '.join(tasks.FAMILIES)}")
-        if not 3 <= self.arrows[0] <= self.arrows[-1] <= len(tasks.LETTERS) or len(self.arrows) != 2:
-            raise ValueError(f"arrows is {self.arrows}; it must be fewest and most, from 3 to {len(tasks.LETTERS)}")
-        _shares(self, "carried", "rewired", "anew", "frozen")
+            raise ValueError(f"families is (); it must name at least one of {', '.join(tasks.FAMILIES)}")
+        self.arrows = tuple(whole("arrows", n, 3, len(tasks.LETTERS)) for n in plain(self.arrows))
+        if len(self.arrows) != 2 or self.arrows[0] > self.arrows[1]:
+            raise ValueError(f"arrows is {self.arrows}; it must be the fewest and the most")
 
 
-def _plain_numbers(settings) -> None:
-    """Make the numbers of a dataclass Python's own, so that a run is the same run whoever made them."""
+def _check_numbers(settings) -> None:
+    """Make the numbers of a dataclass Python's own, so that a run is the same run whoever made them; check them."""
     for item in fields(settings):
-        if item.type == "float":
-            setattr(settings, item.name, number(item.name, getattr(settings, item.name)))
-        elif item.type == "int" and item.name != "seed":
-            setattr(settings, item.name, whole(item.name, getattr(settings, item.name), 1))
-
-
-def _shares(settings, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be from 0 to 1")
+        name, value = item.name, getattr(settings, item.name)
+        if name == "seed":
+            value = whole(name, value, 0, 2**32 - 1)
+        elif item.type == "int":
+            value = whole(name, value, 1, MOST.get(name, 2**31 - 1))
+        elif item.type == "bool":
+            value = flag(name, value)
+        elif name in ("learning_rate", "gradient_clip"):
+            value = number(name, value, above=0)
+        elif name in ("gate", "learned"):
+            value = number(name, value)
+        elif item.type == "float":
+            value = number(name, value, least=0, most=1)
+        setattr(settings, name, value)
 
 
 # An automaton counts its steps, and what a window leaves behind learns nothing from those after it: so its windows
@@ -101,7 +105,7 @@ WINDOWS = {"automaton": 8, "words": 3}
 PHASES = (
     # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
     Phase(("hops",), window=1, arrows=(6, 7), carried=0.0),
-    Phase(("hops",), window=1, arrows=(6, 7), gate=0.3, rewired=1.0, anew=1.0, learned=0.75),
+    Phase(("hops",), window=1, arrows=(6, 7), gate=0.3, rewired=1.0, anew=1.0, hidden=0.5, learned=0.9),
     # more arrows, and the prompt's own state carried too
     Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.65),
     Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
@@ -137,12 +141,7 @@ class TrainingConfig:
     save_every: int = 500
 
     def __post_init__(self):
-        self.seed = whole("seed", self.seed, 0, 2**32 - 1)
-        _plain_numbers(self)
-        for name in ("learning_rate", "gradient_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
-        _shares(self, "decay", "hardest", "weight_decay")
+        _check_numbers(self)
         self.phases = tuple(self.phases)
         if not self.phases:
             raise ValueError("phases is empty; it must have one at least")
@@ -163,7 +162,7 @@ class TrainingConfig:
 
 def sample_depth(mean: float, generator: torch.Generator, n: int = 1, sigma: float = 0.5) -> Tensor:
     """n depths of the paper, (n,) int64: log-normal Poisson of about this mean, at least 1 (2502.05171, eq. 1)."""
-    tau = torch.normal(math.log(mean) - sigma**2 / 2, sigma, (n,), generator=generator)
+    tau = torch.normal(math.log(mean) - sigma**2 / 2, sigma, (n,), generator=generator, dtype=torch.float32)
     return torch.poisson(tau.exp(), generator=generator).long() + 1
 
 
@@ -215,10 +214,14 @@ class Batch:
     sure: Tensor  # (B, T) bool: False where the last stage was missed, so that nobody knows what comes next
     frozen: Tensor  # (B, T) bool: True where the text is finished and its state is held
     age: int = 0  # of the state, in recurrence steps
+    hidden: bool = False
 
     def read(self) -> Tensor:
         """What the model reads, the whole solution included: (B, T) int64."""
-        return batch_of(self.problems)[0].to(self.state.device)
+        tokens = batch_of(self.problems)[0].to(self.state.device)
+        if self.hidden:
+            tokens[self.labels(1)[0] != IGNORE] = PAD
+        return tokens
 
     def labels(self, steps: int) -> tuple[Tensor, Tensor]:
         """What is due after so many steps more, deep tokens and all others apart: (B, T) int64 each."""
@@ -242,7 +245,7 @@ def fresh(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, family:
     problems, size = [], 0
     while not size or (len(problems) + 1) * size <= config.batch_tokens:
         level = levels[-1] if rng.random() < config.hardest else rng.choice(levels)
-        problems.append(tasks.draw(rng, "train", family, level, arrows))
+        problems.append(tasks.draw(rng, "train", family, level, arrows, phase.ends))
         size = max(size, len(problems[-1].prompt + problems[-1].target))
     rank, world = place()
     if len(problems) < world:
@@ -288,7 +291,8 @@ def rewire(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, batch:
     A walk of at most four arrows then has its next step due at any age of the state: what is learned is the step, and
     not how the first four steps go.
     """
-    anew = random.Random(f"{config.seed} {step}").random() < phase.anew
+    rng = random.Random(f"{config.seed} {step} rewire")
+    anew, batch.hidden = rng.random() < phase.anew, rng.random() < phase.hidden
     start = noise(model, config, batch.rows, batch.state.shape[1], step) if anew else batch.state
     for row, p in enumerate(batch.problems):
         rng = random.Random(f"{config.seed} {step} {batch.rows[row]}")
@@ -299,18 +303,22 @@ def rewire(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, batch:
 
 
 def settle(batch: Batch, guesses: Tensor, window: int) -> float:
-    """Put the end of a window down in its batch; returns the share of deep tokens that were right.
+    """Put the end of a window down in its batch; returns the share of right deep tokens, of those that it had to move.
 
     A token that missed a stage can't be asked for the next one, since where it went is not known; a wrong answer of a
     problem of one stage can still be put right.
     """
-    due = batch.labels(window)[0]
-    right = (guesses == due) & (due != IGNORE)
+    due, before = batch.labels(window)[0], batch.labels(0)[0]
+    asked = due != IGNORE
+    right = (guesses == due) & asked
+    began = torch.tensor([ran == 0 for ran in batch.ran], device=due.device)
+    moved = asked & (began[:, None] | (due != before))
+    moved = moved if total(moved.sum()) else asked
     one_stage = torch.tensor([len(p.stages) == 1 for p in batch.problems], device=due.device)
-    batch.sure &= right | (due == IGNORE) | one_stage[:, None]
+    batch.sure &= right | ~asked | one_stage[:, None]
     batch.ran = [ran + window for ran in batch.ran]
     batch.age += window
-    return (total(right.sum()) / total((due != IGNORE).sum()).clamp(min=1)).item()
+    return (total((right & moved).sum()) / total(moved.sum()).clamp(min=1)).item()
 
 
 def phase_is_over(phase: Phase, steps: int, right: dict[str, float]) -> bool:
@@ -366,7 +374,7 @@ def exact_match(model: RecurrentDepthLM, problems: list[tasks.Problem], num_step
     the problems, so all have to call this, and all get the whole answer.
     """
     rank, world = place()
-    right = torch.zeros((), device=model.device)
+    right = torch.zeros((), device=model.device, dtype=torch.float32)
     if own := problems[rank::world]:
         tokens, labels = (t.to(model.device) for t in batch_of(own))
         guesses = model(tokens, num_steps=num_steps).logits.argmax(-1)  # (B, T)

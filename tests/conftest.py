@@ -1,14 +1,19 @@
-"""What the tests share: one thread, fixed hypothesis examples, the official numbers, small random models."""
+"""What the tests share: one thread, no windows, fixed hypothesis examples, official numbers, small random models."""
+
+import os
+
+# Before anything counts the cores.  Kernels and processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from hypothesis import settings
@@ -17,6 +22,7 @@ from safetensors.torch import load_file
 from minirec import RecurrentConfig, RecurrentDepthLM
 
 torch.set_num_threads(1)
+matplotlib.use("Agg")  # no window; MPLBACKEND would reach the notebooks' kernels and replace their inline figures
 settings.register_profile("minirec", deadline=None, derandomize=True, database=None, max_examples=20)
 settings.load_profile("minirec")
 

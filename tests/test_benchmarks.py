@@ -73,7 +73,7 @@ def samplers_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def samplers_run(samplers, samplers_folder):
     files = ["--csv", str(samplers_folder / "rows.csv"), "--figure", str(samplers_folder / "plane.png")]
-    return run(samplers, ["--problems", "1", "--families", "words", "hops", *files], samplers_folder)
+    return run(samplers, ["--problems", "1", "--families", "words", "hops", "--level", "2", *files], samplers_folder)
 
 
 def tables(text: str) -> list[list[list[str]]]:

@@ -56,11 +56,19 @@ def test_padded_vocabulary_is_the_vocabulary_unless_given():
         ({"n_embd": 64, "n_heads": 5}, "n_embd 64 with n_heads 5"),
         ({"n_embd": 15, "n_heads": 5}, "n_embd 15 with n_heads 5"),  # rotary positions need pairs of channels
         ({"vocab_size": 100, "padded_vocab_size": 64}, "padded_vocab_size is 64"),
-        ({"n_embd": 64.0}, "n_embd is 64.0; it must be a whole number, at least 1"),
+        ({"n_embd": 64.0}, "n_embd is 64.0; it must be a whole number from 1 to 262144"),
         ({"vocab_size": 9, "pad_token_id": 9}, "pad_token_id is 9; it must be a whole number from 0 to 8"),
         ({"bos_token_id": -1}, "bos_token_id is -1"),
-        ({"norm_eps": -1e-6}, "norm_eps is -1e-06; it must be above 0"),
-        ({"rope_base": "big"}, "rope_base is 'big'; it must be a number"),
+        ({"norm_eps": -1e-6}, "norm_eps is -1e-06; it must be a number, above 0 and at most 1"),
+        ({"rope_base": "big"}, "rope_base is 'big'; it must be a number, at least 1 and at most"),
+        ({"norm_eps": math.inf}, "norm_eps is inf; it must be a number, above 0 and at most 1"),
+        ({"norm_eps": 1e-46}, "norm_eps is 1e-46; it must be a number, above 0"),
+        ({"norm_eps": 1e-39}, "norm_eps is 1e-39; it must be a finite number that float32 can hold"),
+        ({"n_heads": True}, "n_heads is True; it must be a whole number"),
+        ({"eos_token_id": True}, "eos_token_id is True; it must be a whole number"),
+        ({"qk_bias": "false"}, "qk_bias is 'false'; it must be True or False"),
+        ({"n_layers_in_coda": 10**7}, "n_layers_in_coda is 10000000; it must be a whole number from 1 to 4096"),
+        ({"block_size": 10**5000}, "block_size is <int>; it must be a whole number from 1 to"),
     ],
 )
 def test_wrong_value_is_named(wrong, named):
@@ -69,5 +77,5 @@ def test_wrong_value_is_named(wrong, named):
 
 
 def test_unknown_preset_is_named():
-    with pytest.raises(ValueError, match=r"preset is 'huge'; it must be one of tiny, small, huginn_3_5b"):
+    with pytest.raises(ValueError, match=r"preset is 'huge'; it must be one of 'tiny', 'small', 'huginn_3_5b'"):
         RecurrentConfig.preset("huge")

@@ -3,6 +3,9 @@
 The arguments that all samplers share are checked here, with each sampler that there is.
 """
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -133,12 +136,16 @@ def test_the_grid_starts_from_the_models_initial_state(small_model):
         ({"prompt": "text"}, "prompt is 'text'; it must be token ids, or a batch of such"),
         ({"prompt": torch.tensor(3)}, "prompt is tensor.3.; it must be token ids, or a batch of such"),
         ({"prompt": [[1, 2], 3]}, "it must be token ids, or a batch of such, and not both"),
-        ({"num_steps": 2.0}, "num_steps is 2.0; it must be a whole number, at least 1"),
+        ({"num_steps": 2.0}, "num_steps is 2.0; it must be a whole number from 1 to 4096"),
         ({"prompt": [0] * 40, "max_new_tokens": 9}, "prompt of 40 tokens and max_new_tokens 9 make 49.*is 48"),
         ({"prompt": [[0], [0] * 48]}, "prompt of 48 tokens"),
         ({"kv": "half"}, "kv is 'half'"),
         ({"kv_slots": 0}, "kv_slots is 0"),
         ({"kv": "shared", "kv_slots": 5}, "kv_slots is 5; .* here 4"),
+        ({"kv": "full", "kv_slots": 2}, "kv_slots is 2, which has no effect with kv 'full'"),
+        ({"top_k": 3}, "top_k is 3, which has no effect at temperature 0"),
+        ({"on_token": 3}, "on_token is 3; it must be a function, or None"),
+        ({"trace": 2}, "trace is 2; it must be True or False"),
         ({"init_scale": -0.5}, "init_scale is -0.5"),
         ({"init_scale": float("nan")}, "init_scale is nan"),
         ({"temperature": -1.0}, "temperature is -1.0"),
@@ -198,6 +205,60 @@ def test_so_may_a_samplers_own(small_model, sampler, counts):
 def test_under_autocast_decoding_says_what_to_do(small_model):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="load the model with dtype instead"):
         autoregressive.generate(small_model(0), [1, 2], 4)
+
+
+ALL = pytest.mark.parametrize(
+    "sampler", [autoregressive, adaptive_exit, speculative, lossless_wavefront, diffusion_forcing]
+)
+CHOICES = [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.95, "min_p": 0.01}, {"repetition_penalty": 1.3}]
+
+
+@ALL
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_end_the_generation(small_model, sampler, choice, bad):
+    """One embedding is not finite: all is well until that token is in the context."""
+    model = copy.deepcopy(small_model(0, tie_embeddings=False))
+    right = autoregressive.generate(model, [1, 2, 3], 20, stop_tokens=(), **choice).tokens
+    broken = next(token for token in right if token not in (1, 2, 3))
+    model.transformer.wte.weight[broken] = bad
+    n, streamed = right.index(broken) + 1, []
+    own = dict(inner_steps=4, kv="full") if sampler is diffusion_forcing else {}
+    where = f"the logits at position {2 + n} are not finite after [1-8] recurrence steps.*torch.float64"
+    with pytest.raises(FloatingPointError, match=where):
+        sampler.generate(model, [1, 2, 3], 20, stop_tokens=(), on_token=streamed.append, **choice, **own)
+    assert len(streamed) == n and streamed[-1] == broken
+    if sampler not in (adaptive_exit, diffusion_forcing):
+        assert streamed == right[:n], "the tokens before it are right"
+    assert sampler.generate(model, [1, 2, 3], 20, stop_tokens=[broken], **choice, **own).tokens == streamed
+    with pytest.raises(FloatingPointError, match="the logits at position 2 of prompt 1 are not finite after 4 "):
+        sampler.generate(model, [[1, 2], [1, broken, 3]], 1, **choice)
+
+
+@ALL
+def test_overflow_of_a_narrow_format_is_said(small_model, sampler):
+    model = copy.deepcopy(small_model(0, torch.float16))
+    model.lm_head.weight *= 1e5
+    with pytest.raises(FloatingPointError, match=r"position 1 are not finite .* overflow in torch.float16"):
+        sampler.generate(model, [1, 2], 4)
+
+
+@ALL
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(small_model, sampler, default):
+    model, own = small_model(0, torch.float32), {}
+    if sampler is diffusion_forcing:
+        own = dict(noise=0.3, momentum=0.3, schedule="acceleration", exit_threshold=0.3)
+    if sampler is adaptive_exit:
+        own = dict(exit_in_prefill=True, threshold=0.3)
+    for choice in CHOICES:
+        options = dict(trace=True, stop_tokens=(), init_scale=0.7) | choice | own
+        right = sampler.generate(model, [[1, 2, 3], [4]], 9, **options)
+        torch.set_default_dtype(default)
+        try:
+            assert sampler.generate(model, [[1, 2, 3], [4]], 9, **options) == right
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 @SAMPLERS

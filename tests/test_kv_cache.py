@@ -45,7 +45,7 @@ def test_a_token_of_the_3_5b_model_takes_2_66_mib():
     st.data(),
 )
 def test_allocated_is_what_the_arithmetic_says(batch, length, num_steps, kv, dtype, data):
-    slots = data.draw(st.integers(1, num_steps))
+    slots = data.draw(st.integers(1, num_steps if kv == "shared" else 1))
     cache = KVCache(CONFIG, batch, length, num_steps, kv, slots, dtype=dtype)
     assert cache.nbytes == bytes_per_token(CONFIG, num_steps, kv, slots, dtype) * length * batch
     assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in cache.parts.values())
@@ -92,11 +92,15 @@ def test_a_window_past_the_end_is_refused(small_model, starts):
         ({"kv": "half"}, "kv is 'half'; it must be 'full' or 'shared'"),
         ({"kv_slots": 0}, "kv_slots is 0; it must be from 1 to num_steps, here 3"),
         ({"kv_slots": 4}, "kv_slots is 4; it must be from 1 to num_steps, here 3"),
+        ({"kv_slots": 2}, "kv_slots is 2, which has no effect with kv 'full'"),
+        ({"length": 2**40}, "length is 1099511627776; it must be a whole number from 1 to"),
+        ({"length": 2**31 - 1, "batch": 2**31 - 1}, "not enough memory"),
+        ({"dtype": torch.int64}, "dtype is torch.int64; it must be a floating-point dtype"),
     ],
 )
 def test_bad_arguments_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
-        KVCache(CONFIG, batch=1, length=4, num_steps=3, **wrong)
+        KVCache(CONFIG, **{"batch": 1, "length": 4, "num_steps": 3} | wrong)
 
 
 def test_copy_deeper_repeats_the_last_step_that_ran():

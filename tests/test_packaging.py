@@ -134,6 +134,35 @@ def test_environment_names_no_package_that_pyproject_does_not():
     assert named <= covered | {"python", "pip"}
 
 
+def commands_of_ci() -> list[str]:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    found = []
+    for job in jobs:
+        targets = job["strategy"]["matrix"].get("target", [])
+        for command in (step["run"] for step in job["steps"] if "run" in step):
+            found += [command.replace("${{ matrix.target }}", target) for target in targets or [""]]
+    return found
+
+
+def test_ci_runs_make_targets_and_nothing_else():
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    local = [line for line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines() if line.startswith("make")]
+    for command in [*commands_of_ci(), *local]:
+        make, target = command.split()
+        assert make == "make" and target in targets, command
+    assert {"make lint", "make types", "make test", "make coverage"} <= set(local) & set(commands_of_ci())
+
+
+def test_ci_tests_every_supported_python():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    pythons = jobs["test"]["strategy"]["matrix"]["python"]
+    assert pythons == [f"3.{minor}" for minor in range(10, 10 + len(pythons))]
+    assert [SpecifierSet(PROJECT["requires-python"]).contains(python) for python in ("3.9", pythons[0])] == [
+        False,
+        True,
+    ]
+
+
 @pytest.mark.slow
 def test_what_the_set_up_cells_say_to_install_is_enough_in_a_fresh_environment(tmp_path):
     """Needs a package registry; the versions are those of constraints.txt."""

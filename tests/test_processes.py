@@ -5,18 +5,15 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minirec import RecurrentDepthLM, tasks, training
-from minirec.files.run import Run
+from minirec import RecurrentConfig, RecurrentDepthLM, tasks, training
 from minirec.tools import cli, processes
-from minirec.training import IGNORE, TrainingConfig, depth_loss, exact_match
+from minirec.training import Objective, Phase, TrainingConfig, exact_match, fresh
 
 TRAIN = (
-    "train --start tiny --steps 6 --batch-tokens 700 --families words hops --learning-rate 0.003 --warmup 0 --decay 0 "
-    "--joining 0 --curriculum 0 --gradient-clip 1000 --log-every 1 --evaluate-every 3 --evaluate-on 5 --save-every 3"
+    "train --start tiny --steps 6 --batch-tokens 700 --families words hops --learning-rate 0.003 --warmup 1 --decay 0 "
+    "--gradient-clip 1000 --log-every 1 --evaluate-every 3 --evaluate-on 5 --save-every 3"
 ).split()
 # as `minirec`, but process 1 writes nothing and gives up in the middle of step 5
 GIVES_UP = """
@@ -24,16 +21,16 @@ import os, sys
 from minirec import training
 from minirec.files import checkpoint
 from minirec.tools import cli
-loss, calls = training.depth_loss, []
+forward, calls = training.Objective.forward, []
 def gives_up(*args):
     calls.append(1)
     if len(calls) == 5:
         os._exit(3)
-    return loss(*args)
+    return forward(*args)
 def refused(path, write):
     os._exit(4)
 if os.environ["RANK"] == "1":
-    training.depth_loss, checkpoint.write_whole = gives_up, refused
+    training.Objective.forward, checkpoint.write_whole = gives_up, refused
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -100,32 +97,27 @@ def as_process(monkeypatch, rank: int, world: int) -> None:
     monkeypatch.setattr(training, "place", lambda: (rank, world))
 
 
-@given(
-    depths=st.lists(st.integers(1, 7), min_size=2, max_size=6),
-    backprop=st.integers(1, 5),
-    reads=st.sets(st.integers(1, 6), max_size=2),
-    stages=st.integers(1, 3),
-    world=st.integers(2, 3),
-)
-def test_the_losses_and_gradients_of_shares_add_up(small_model, depths, backprop, reads, stages, world):
-    model = small_model(3)
-    generator = torch.Generator().manual_seed(len(depths) + 7 * backprop)
-    tokens = torch.randint(0, 23, (len(depths), 6), generator=generator)
-    labels = torch.randint(0, 23, (stages, len(depths), 6), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.4] = IGNORE  # so that rows count differently
-    labels[..., 0] = 1
-    depths, reads = torch.tensor(depths), [0, *reads]
-    state = model.initial_state(torch.arange(6).expand_as(tokens), seed=torch.arange(len(depths))[:, None])
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_losses_and_gradients_of_shares_add_up(monkeypatch, family, world):
+    """Each process divides by the tokens of all, so the sum over them is the mean over the whole batch."""
+    torch.manual_seed(0)
+    model = RecurrentDepthLM(RecurrentConfig.preset("tiny")).double()
+    phase = Phase((family,), window=2, arrows=(6, 8), frozen=1.0)
+    config = TrainingConfig(phases=(phase,), batch_tokens=700)
 
-    def loss_and_gradients(rows, *whole):
-        model.requires_grad_(True)
-        loss = depth_loss(model, tokens[rows], labels[:, rows], depths[rows], backprop, state[rows], reads, *whole)
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        model.requires_grad_(False)
-        return loss.detach(), [torch.zeros(()) if g is None else g for g in gradients]
+    def loss_and_gradients(total) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        monkeypatch.setattr(training, "total", total)
+        loss, *_ = Objective(model)(fresh(model, config, phase, family, 0), {1, 2})
+        return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
-    loss, gradients = loss_and_gradients(slice(None))
-    shares = [loss_and_gradients(slice(r, None, world), (labels, depths)) for r in range(min(world, len(depths)))]
+    counted: list[torch.Tensor] = []
+    loss, gradients = loss_and_gradients(lambda x: counted.append(x) or x)
+    shares = []
+    for rank in range(world):
+        as_process(monkeypatch, rank, world)
+        counts = iter(counted)
+        shares.append(loss_and_gradients(lambda _, counts=counts: next(counts)))
     torch.testing.assert_close(sum(share for share, _ in shares), loss)
     for i, gradient in enumerate(gradients):
         torch.testing.assert_close(sum(own[i] for _, own in shares), gradient)
@@ -140,40 +132,6 @@ def test_shares_of_an_evaluation_add_up(monkeypatch):
     assert sum(shares) == pytest.approx(whole) and 0 < whole < 1
     as_process(monkeypatch, 9, 10)  # more processes than problems: the last one has none
     assert exact_match(model, problems) == 0
-
-
-def test_every_row_is_run_by_one_process_and_the_deepest_rows_by_different_ones(monkeypatch, tmp_path):
-    config = TrainingConfig(steps=1, batch_tokens=900, families=("hops",), joining=0, curriculum=0)
-    model, dealt = RecurrentDepthLM.from_pretrained("tiny"), []
-    tokens, labels, depths = training.Batches(config, model.config.mean_recurrence)[0]
-
-    def seen(model, tokens, labels, depths, backprop, state, reads, whole):
-        dealt.append((tokens, labels, depths, state))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "depth_loss", seen)
-    monkeypatch.setattr(training, "DistributedDataParallel", lambda module: module)
-    for world in (1, 3):
-        for rank in range(world):
-            as_process(monkeypatch, rank, world)
-            with pytest.raises(KeyboardInterrupt):
-                training.train(model, config, Run(tmp_path))
-    (whole, *shares) = dealt
-    assert torch.equal(whole[0], tokens) and torch.equal(whole[1], labels) and torch.equal(whole[2], depths)
-
-    def rows(tokens, labels, depths, state) -> list[tuple]:
-        parts = zip(tokens.tolist(), labels.transpose(0, 1).tolist(), depths.tolist(), state.tolist(), strict=True)
-        return sorted(str(row) for row in parts)
-
-    assert sorted(row for share in shares for row in rows(*share)) == rows(*whole)
-    assert sorted(int(share[2].max()) for share in shares) == depths.sort().values[-3:].tolist()
-
-
-def test_a_batch_that_is_too_small_for_the_processes_is_refused_before_any_work(monkeypatch, tmp_path):
-    as_process(monkeypatch, 0, 64)
-    with pytest.raises(ValueError, match=r"batch_tokens is 3000, too few .* 64 processes: a batch may have \d+"):
-        training.train(RecurrentDepthLM.from_pretrained("tiny"), TrainingConfig(), Run(tmp_path / "none"))
-    assert not (tmp_path / "none").exists()
 
 
 def test_without_torchrun_there_is_one_process():

@@ -106,8 +106,8 @@ def test_streams_stops_and_counts_the_rest_of_the_round_as_lost(small_model):
         ({"draft_steps": 0}, "draft_steps is 0; it must be a whole number, at least 1"),
         ({"draft_steps": 5}, "draft_steps is 5; it must be from 1 to num_steps, here 4"),
         ({"lookahead": 0}, "lookahead is 0; it must be a whole number, at least 1"),
-        ({"accept": 0}, "accept is 0; it must be above 0 and at most 1"),
-        ({"accept": 1.5}, "accept is 1.5; it must be above 0 and at most 1"),
+        ({"accept": 0}, "accept is 0; it must be a number, above 0 and at most 1"),
+        ({"accept": 1.5}, "accept is 1.5; it must be a number, above 0 and at most 1"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(small_model, monkeypatch, wrong, named):

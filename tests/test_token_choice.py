@@ -1,6 +1,7 @@
 """From logits to a token: the filters against the official ones, and sampling against the softmax."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -81,12 +82,65 @@ def test_filters_keep_what_their_definitions_say(logits, top_k, top_p, min_p, te
 
 
 @given(LOGITS, st.integers(0, 1000))
-def test_greedy_takes_the_likeliest_whatever_the_seed_and_the_filters(logits, seed):
+def test_greedy_takes_the_likeliest_whatever_the_seed(logits, seed):
     logits = torch.tensor([[logits]])
     at = torch.tensor([[2]])
     seed = torch.tensor([[seed]])
-    for choice in (TokenChoice(), TokenChoice(top_k=1, top_p=0.1, min_p=1.0)):
+    filtered = TokenChoice(temperature=0.5, top_k=1, top_p=0.1, min_p=1.0)  # that leave one token
+    for choice in (TokenChoice(), filtered) if len(logits.unique()) == logits.numel() else (TokenChoice(),):
         assert choice.choose(logits, torch.zeros(1, 4, dtype=torch.long), at, seed) == logits.argmax()
+
+
+FILTERS = [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}]
+
+
+@pytest.mark.parametrize("options", [{}, *({"temperature": t} | f for t in (0.1, 1.0, 1e30) for f in FILTERS)], ids=str)
+@pytest.mark.parametrize("penalty", [None, 1.5, 1e-6, 1e6])
+def test_logits_that_are_not_finite_give_no_token(options, penalty):
+    good, inf, nan = [1.0, -2.0, 3.0, 0.5], math.inf, math.nan
+    rows = [good, [nan] * 4, [1.0, nan, 3.0, 0.5], [nan, -inf, 1.0, 2.0], [1.0, inf, 2.0, 3.0], [-inf] * 4,
+            [inf, -inf, nan, 0.0], [-inf, -2.0, -inf, -3.0]]  # fmt: skip
+    n = len(rows)
+    choice = TokenChoice(repetition_penalty=penalty, **options)
+    context = torch.tensor([[0, 3]]).expand(n, -1)
+    at, seed = torch.ones(n, 1, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int64)
+    tokens = choice.choose(torch.tensor(rows)[:, None], context, at, seed)  # (n, 1)
+    assert (tokens[:, 0] >= 0).tolist() == [True, *[False] * 6, True]
+    assert bool((tokens[1:-1] == -1).all())
+    assert tokens[-1] in (1, 3)
+    huge = torch.full((1, 1, 4), 3e38)  # finite, though their sum is not
+    assert TokenChoice().choose(huge, context[:1], at[:1], seed[:1]) == 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-6, 1e-4])
+@pytest.mark.parametrize("repetition_penalty", [None, 1e-6, 1.3, 1e6])
+def test_the_coldest_temperature_is_greedy(temperature, repetition_penalty):
+    logits = torch.tensor([[[2e7, -3e7, 1e7, 2.1e7]]])
+    choice = TokenChoice(temperature, repetition_penalty=repetition_penalty)
+    at, context = torch.tensor([[1]]), torch.tensor([[1, 0]])
+    right = {None: 3, 1e-6: 0, 1.3: 3, 1e6: 3}[repetition_penalty]
+    assert all(choice.choose(logits, context, at, torch.tensor([[seed]])) == right for seed in range(20))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    logits = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0))
+    choice = TokenChoice(0.7, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.4)
+    given = (logits, torch.arange(10).reshape(2, 5), torch.tensor([[2, 3, 4]] * 2), torch.tensor([[5], [6]]))
+    right = choice.choose(*given)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(choice.choose(*given), right)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_filter_without_a_temperature_is_refused(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is {option[name]}, which has no effect at temperature 0"):
+        TokenChoice(**option)
+    TokenChoice(**dict.fromkeys(option))
 
 
 def test_frequencies_are_the_softmax():
@@ -127,13 +181,13 @@ def test_a_cell_is_sampled_by_seed_and_position_alone():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("temperature", v) for v in (-0.1, float("nan"), float("inf"))],
+        *[("temperature", v) for v in (-0.1, float("nan"), float("inf"), 1e-38, 1e-46, 1e39, 9.9e-7)],
         *[("top_k", v) for v in (0, -3)],
         *[("top_p", v) for v in (0.0, -0.5, 1.5, 2, float("nan"))],
         *[("min_p", v) for v in (0.0, -0.5, 1.5, float("nan"))],
-        *[("repetition_penalty", v) for v in (0, -1.0, float("nan"))],
+        *[("repetition_penalty", v) for v in (0, -1.0, float("nan"), 1e-38, 1e7)],
     ],
 )
 def test_bad_value_is_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}; it must be")):
         TokenChoice(**{name: value})

@@ -208,7 +208,7 @@ HOPS = Phase(("hops",), window=2, arrows=(6, 9), steps=8, learned=2.0)
 
 def fresh_model(**sizes) -> RecurrentDepthLM:
     torch.manual_seed(0)
-    shape = dict(n_embd=32, n_heads=2, intermediate_size=48, vocab_size=144, block_size=256, mean_recurrence=3)
+    shape = dict(n_embd=32, n_heads=2, intermediate_size=48, vocab_size=128, block_size=256, mean_recurrence=3)
     shape |= dict(n_layers_in_prelude=1, n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_backprop_depth=2)
     return RecurrentDepthLM(RecurrentConfig(**(shape | sizes)))
 
@@ -567,7 +567,7 @@ def test_weights_without_a_gradient_stay_and_a_run_of_them_resumes(tmp_path, mon
 
 
 def test_a_model_without_the_tasks_tokens_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size is 64; the tasks' tokenizer needs 134"):
+    with pytest.raises(ValueError, match="vocab_size is 64; the tasks' tokenizer needs 128"):
         training.train(fresh_model(vocab_size=64), TrainingConfig(**RUN), Run(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
@@ -655,8 +655,8 @@ def test_bad_setting_is_named(wrong, named):
         ({"window": 0}, "window is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"arrows": (5, 3)}, r"arrows is \(5, 3\)"),
-        ({"arrows": (4, 41)}, r"arrows is \(4, 41\)"),
-        ({"arrows": (2, 9)}, r"arrows is \(2, 9\)"),
+        ({"arrows": (4, 41)}, "arrows is 41; it must be a whole number from 3 to 40"),
+        ({"arrows": (2, 9)}, "arrows is 2; it must be"),
         ({"carried": 1.5}, "carried is 1.5"),
         ({"rewired": -0.5}, "rewired is -0.5"),
         ({"anew": 2.0}, "anew is 2.0"),

@@ -44,7 +44,7 @@ class Run:
                     if not p.requires_grad:
                         continue
                     optimizer.state[p] = {
-                        "step": torch.tensor(float(step), device=p.device),
+                        "step": torch.tensor(float(step), device=p.device, dtype=torch.float32),
                         "exp_avg": f.get_tensor(f"exp_avg.{name}").to(p.device),
                         "exp_avg_sq": f.get_tensor(f"exp_avg_sq.{name}").to(p.device),
                     }

@@ -23,6 +23,7 @@ import logging
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -44,7 +45,7 @@ from minirec.tools import processes
 from minirec.training import place
 
 log = logging.getLogger(__name__)
-SAMPLERS = {
+SAMPLERS: dict[str, Callable] = {
     "autoregressive": autoregressive.generate,
     "adaptive_exit": adaptive_exit.generate,
     "speculative": speculative.generate,
@@ -117,7 +118,8 @@ class MinirecLM(TemplateLM):
         self._device = processes.join("cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device)
         self._rank, self._world_size = place()
         self.pretrained, self.folder = pretrained, checkpoint.locate(pretrained, revision)
-        self.tokenizer, self.template = read_tokenizer(self.folder), None
+        self.tokenizer = read_tokenizer(self.folder)
+        self.template: ChatTemplate | None = None
         self.model = checkpoint.load(pretrained, device=self._device, dtype=dtype, revision=revision)
         context = self.model.config.block_size
         self.max_length = context if max_length is None else max_length
@@ -127,7 +129,7 @@ class MinirecLM(TemplateLM):
 
     def _checked(self, options: dict) -> dict:
         """Options that sampler or engine know; another one is a ValueError."""
-        functions = [SAMPLERS[self.sampler]] if self.engine is None else [Engine.__init__, Engine.submit]
+        functions: list[Callable] = [SAMPLERS[self.sampler]] if self.engine is None else [Engine, Engine.submit]
         known = {name for f in functions for name in inspect.signature(f).parameters}
         known = (known | {field.name for field in dataclasses.fields(Options)}) - TAKEN
         for name in options.keys() - known:
@@ -224,7 +226,8 @@ class MinirecLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What follows each prompt, up to the first of its stop texts, which is left out."""
-        before, todo = Counter(), []  # (prompt, generation_kwargs, how often both have come before)
+        before: Counter = Counter()
+        todo = []  # (prompt, generation_kwargs, how often both have come before)
         for prompt, kwargs in (request.args for request in requests):
             todo.append((prompt, kwargs, before[prompt, str(kwargs)]))
             before[prompt, str(kwargs)] += 1
@@ -259,7 +262,7 @@ class MinirecLM(TemplateLM):
 
     def _generate(self, prompts: list[list[int]], room: int, seeds, stop, until, bar, **options) -> list[Generation]:
         """Continue prompts, each until a stop token, a stop text or `room` tokens."""
-        said = [[] for _ in prompts]  # tokens
+        said: list[list[int]] = [[] for _ in prompts]
 
         def go_on(token: int, row: int) -> bool:
             said[row].append(token)

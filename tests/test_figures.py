@@ -1,6 +1,12 @@
 """Figures show the data they are given: what is read back from the axes is what went in."""
 
+import inspect
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -10,16 +16,145 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from minirec import figures as plots
 from minirec.continuous_batching import Pass, Stage
 from minirec.decoding import Generation, OuterStep
+from minirec.figures import drawings
 
 
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
     plt.close("all")
+
+
+def test_every_public_function_of_the_themes_is_exported_by_name():
+    themes = [import_module(f"minirec.figures.{found.name}") for found in pkgutil.iter_modules(plots.__path__)]
+    drawn = {
+        name
+        for theme in themes
+        for name, thing in vars(theme).items()
+        if inspect.isfunction(thing) and thing.__module__ == theme.__name__ and not name.startswith("_")
+    }
+    drawn -= {
+        name for name, thing in vars(drawings).items() if inspect.isfunction(thing)
+    }  # used by their module's name
+    helpers = {"depth_colours", "readable_on", "plain", "word", "token_word", "number_map"}
+    assert drawn - helpers | {"BLUE", "GREEN", "GREY", "VERMILION"} == set(plots.__all__)
+    assert all(hasattr(plots, name) for name in plots.__all__)
+
+
+# --- Text from outside, in every figure that shows some ---
+
+NASTY = [
+    r"$\frac5$",
+    "$",
+    "$x_1$",
+    "\\",
+    r"\$",
+    "\x1b[2J\x00\x07",
+    "a\nb",
+    "\udc80",
+    "w" * 500,
+    "",
+    " ",
+    "_",
+    "%",
+    "^",
+    "{",
+]
+
+
+class Tokens:
+    "A tokenizer whose token i is text number i."
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def decode(self, tokens, **_):
+        return "".join(self.texts[token] for token in tokens)
+
+
+def wave(tokens, steps) -> Generation:
+    "One new position per outer step, two in flight; the second guess of each step is wrong."
+    trace = [OuterStep(4 + y, [2, 1], [*tokens[y + 1 : y + 2], tokens[y]], 5 + y) for y in range(steps)]
+    return Generation(tokens=tokens, depth=[2] * len(tokens), passes=4, trace=trace)
+
+
+def figures_with(texts: list[str]) -> dict:
+    "Every figure that shows text from outside, with these texts in every place for it."
+    a = texts[0]
+    n, tokens, ones = len(texts), list(range(len(texts))), [1.0] * len(texts)
+    tokenizer, run = Tokens(texts), wave(list(range(len(texts))), len(texts) - 1)
+    known = SimpleNamespace(known=[False] * n, guesses=tokens, confidence=ones)
+    passes = [Pass(Stage.RECUR, 1, [(0, 0, 1)])]
+    long = wave([i % n for i in range(34)], 33)
+    return {
+        "wavefront": lambda: plots.wavefront(run, 4, tokenizer),
+        "wavefront, enlarged": lambda: plots.wavefront(long, 4, tokenizer),
+        "wavefront_animation": lambda: plots.wavefront_animation({t: run for t in texts[:2]}, 4, tokenizer, frames=2),
+        "unmasking_and_wavefront": lambda: plots.unmasking_and_wavefront([known, known], run, 4, tokenizer),
+        "noise_levels": lambda: plots.noise_levels({t: np.ones((2, 2)) for t in texts[:4]}),
+        "token_depths": lambda: plots.token_depths(texts, [1] * n, title=a),
+        "convergence_map": lambda: plots.convergence_map(np.ones((2, n)), texts),
+        "depth_curves": lambda: plots.depth_curves({t: {1: 0.5, 2: 1.0} for t in texts}, title=a),
+        "change_curves": lambda: plots.change_curves({t: {1: 0.5, 2: 1.0} for t in texts}, title=a),
+        "settled_steps": lambda: plots.settled_steps({t: [1, 2] for t in texts}, title=a),
+        "exit_thresholds": lambda: plots.exit_thresholds({t: {t: [(0.1, 2, 1.0)]} for t in texts[:2]}),
+        "depth_accuracy": lambda: plots.depth_accuracy({t: [(1, 0.5)] for t in texts}, title=a),
+        "lens_ranks": lambda: plots.lens_ranks({t: np.ones((2, 2)) for t in texts[:4]}, levels=texts[:2]),
+        "state_norms": lambda: plots.state_norms({t: [1, 2] for t in texts}),
+        "trajectories": lambda: plots.trajectories({t: np.ones((2, 2)) for t in texts}, title=a),
+        "depth_histogram": lambda: plots.depth_histogram([1, 2], {t: 1 for t in texts[:3]}),
+        "gradient_by_step": lambda: plots.gradient_by_step({t: [1, 2] for t in texts}, title=a),
+        "over_training": lambda: plots.over_training({t: {u: ([1, 2], [1, 2]) for u in texts} for t in texts[:3]}),
+        "slot_map": lambda: plots.slot_map({t: [0, 1] for t in texts[:4]}),
+        "by_cache": lambda: plots.by_cache(
+            {t: dict.fromkeys(texts[:4], 1.0) for t in texts[:4]}, dict.fromkeys(texts[:4], 1)
+        ),
+        "gantt": lambda: plots.gantt({t: passes for t in texts[:4]}, title=a),
+        "speed_accuracy": lambda: plots.speed_accuracy({t: (1.0, 1.0) for t in texts}, baseline=a),
+        "pareto": lambda: plots.pareto({t: (1.0, 1.0) for t in texts}, title=a),
+        "knobs": lambda: plots.knobs({t: [(u, 1, 1, 1, 1, 1) for u in texts[:3]] for t in texts[:2]}, {a: a}),
+        "passes_by_level": lambda: plots.passes_by_level({t: {t: {1: (1, 1)}} for t in texts[:4]}, full=2),
+        "pass_times": lambda: plots.pass_times({t: (1, 1) for t in texts}, 1, 1),
+        "bytes_by_part": lambda: plots.bytes_by_part({t: {u: 1 for u in texts[:4]} for t in texts[:4]}),
+    }
+
+
+def drawn_texts(figure) -> list[str]:
+    "What is drawn, letter by letter; no text may be taken for mathematics."
+    shown = []
+    for text in figure.findobj(Text):
+        letters, mathematics = text._preprocess_math(text.get_text())
+        if mathematics:
+            assert re.search(r"mathdefault|s_k", letters), f"read as mathematics: {letters}"  # matplotlib's and our own
+        shown.append(letters)
+    return shown
+
+
+@pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout", "ignore:Tight layout")
+@pytest.mark.parametrize("name", figures_with(["a", "b"]))
+def test_text_from_outside_is_drawn_letter_by_letter(name):
+    figures_with(NASTY)[name]()
+    if name == "wavefront_animation":  # returns bytes
+        return
+    figure = plt.gcf()
+    figure.canvas.draw()
+    shown = drawn_texts(figure)
+    assert any(r"$\frac5$" in text for text in shown), "as it is"
+    assert all(c.isprintable() or c == "\n" for text in shown for c in text)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_token_is_one_short_printable_word(text):
+    words = plots.token_depths([text, "b"], [1, 2]).texts[0]
+    shown, mathematics = words._preprocess_math(words.get_text())
+    assert not mathematics and 1 <= len(shown) <= 60 and shown.isprintable()
+    if text.strip().isprintable() and 0 < len(text.strip()) < 20:
+        assert shown == text.strip()
 
 
 # --- Inside the loop: notebook 03_thinking_longer ---
@@ -73,7 +208,7 @@ def test_lens_ranks_share_one_scale_and_start_before_the_first_step():
         assert ax.images[0].get_clim() == (1, 60)
 
 
-def test_the_convergence_map_has_a_column_a_token_and_bears_zeros():
+def test_the_convergence_map_has_a_column_per_token_and_takes_zeros():
     distance = np.array([[9.0, 8.0, 7.0], [1.0, 4.0, 0.1], [0.0, 0.0, 0.0]])
     ax = plots.convergence_map(distance, ["Follow", "k", "."])
     shown = ax.images[0].get_array()
@@ -333,7 +468,7 @@ def test_unmasking_has_a_cell_for_every_hidden_token_and_a_dot_for_every_guess_t
     steps = [OuterStep(4, [1], [3], 5), OuterStep(5, [1], [2], 6)]  # a prompt of four tokens, one new one a step
     wave = Generation(tokens=[7, 3, 2], depth=[2, 1, 1], passes=4, trace=steps)
     left, right = plots.unmasking_and_wavefront(passes, wave, 4, Words())
-    assert [text.get_text() for text in left.texts] == ["7", "5", "6", "8", "6", "9"], "hidden tokens bear their guess"
+    assert [text.get_text() for text in left.texts] == ["7", "5", "6", "8", "6", "9"], "hidden tokens show their guess"
     places = [(round(cell.get_x()), round(cell.get_y())) for cell in left.patches]
     assert sorted(places) == [(x, y) for x in range(3) for y in range(3)]
     hatched = {place for place, cell in zip(places, left.patches, strict=True) if cell.get_hatch()}
@@ -342,7 +477,7 @@ def test_unmasking_has_a_cell_for_every_hidden_token_and_a_dot_for_every_guess_t
     assert shade[0, 0] < shade[1, 0] < shade[2, 0], "sure is dark"
     dots = sorted((int(line.get_xdata()[0]), int(line.get_ydata()[0])) for line in left.lines)
     assert dots == [(1, 0), (2, 0), (2, 1)]
-    assert [text.get_text() for text in right.texts] == ["3", "2"], "the wavefront's cells bear theirs"
+    assert [text.get_text() for text in right.texts] == ["3", "2"], "the wavefront's cells show theirs"
     for ax, rows in ((left, 3), (right, 2)):
         assert ax.get_ylim() == (rows, 0) and ax.get_xlim() == (0, 3)
 
@@ -362,3 +497,40 @@ def test_bytes_are_stacked_by_part():
     assert widths == [[pytest.approx(3), pytest.approx(0.5)], [pytest.approx(1), pytest.approx(1)]]
     assert [bar.get_x() for bar in ax.containers[1]] == [pytest.approx(3), pytest.approx(0.5)]
     assert [t.get_text().strip() for t in ax.texts] == ["4", "1.5"]
+
+
+# --- Concept drawings ---
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
+def test_a_drawing_is_well_formed_within_its_frame_and_up_to_date(name):
+    source = drawings.DRAWINGS[name]()
+    stored = Path(__file__).resolve().parent.parent / "docs/drawings" / name
+    assert stored.read_text(encoding="utf-8") == source, "make drawings writes it again"
+    root = ElementTree.fromstring(source)
+    assert root.get("aria-label")
+    width, height = map(float, root.get("viewBox").split()[2:])
+    for part in root.iter():
+        if part.get("x"):
+            assert 0 <= float(part.get("x")) < width and 0 <= float(part.get("y")) <= height
+    classes = {kind for part in root.iter() for kind in (part.get("class") or "").split()}
+    (style,) = (part.text for part in root.iter() if part.tag.endswith("style"))
+    assert {kind for kind in classes if not re.search(rf"\.{kind}\b", style)} == set(), "a class without a look"
+    assert "prefers-color-scheme: dark" in style and "#" not in re.sub(
+        r"<style>.*?</style>|url\(#\w+\)", "", source, flags=re.S
+    )
+
+
+def test_a_schedule_runs_the_steps_of_a_token_in_order_and_each_cell_once():
+    passes = {}
+    for name, (schedule, lost, _) in drawings.PANELS.items():
+        for (x, k), when in schedule.items():
+            assert k == 1 or schedule[x, k - 1] < when, f"{name}: step {k} of token {x} comes too early"
+            assert (x, k) not in lost or lost[x, k] < when
+        passes[name] = max(schedule.values())
+        assert set(schedule.values()) == set(range(1, passes[name] + 1)), f"{name}: a pass without a cell"
+    full = {(x, k) for x in range(1, 7) for k in range(1, 5)}
+    for name in ("autoregressive", "self-speculative", "lossless wavefront"):  # these leave out nothing
+        assert set(drawings.PANELS[name][0]) == full
+    one_at_a_time = drawings.PANELS["adaptive exit"][0]
+    assert passes["autoregressive"] == len(full) and passes["adaptive exit"] == len(one_at_a_time)
