@@ -16,6 +16,8 @@ from a state of any age, and after each step the target is what so many serial s
     carrying   the state left by a window is kept, without its graph, and a later window goes on from it
     rewiring   a kept state gets another problem of the same length: a step may be due at any age of the state,
                although no walk in training is longer than four arrows
+    bare reading   in the first phases the head reads the state without the coda's blocks: else the coda learns to
+               follow the last arrow by itself, the state holds nothing, and no second step ever forms
     freezing   the prompt and the answer up to some token are finished first and then held, as decoding with one
                shared KV slot sees them; the rest loops against them
 
@@ -43,7 +45,7 @@ from tqdm import tqdm
 
 from minirec import tasks
 from minirec.config import MOST_STEPS, flag, number, one_of, plain, whole
-from minirec.recurrent_block import RecurrentDepthLM
+from minirec.recurrent_block import RecurrentDepthLM, wide
 from minirec.tasks import PAD, task_tokenizer
 
 IGNORE = -100  # label of a position that carries no loss; what cross_entropy ignores, too
@@ -65,7 +67,7 @@ class Phase:
     gate: float = 0.6  # a state is kept if more than this share of its deep tokens was right
     rewired: float = 0.5  # share of its rows that get other arrows
     anew: float = 0.0  # share of the carried windows in which the prompt begins anew, from noise
-    hidden: float = 0.0  # share of the carried windows in which the answer does not say where a walk began
+    bare: bool = False  # read the state with the head alone: a coda learns to follow arrows itself, and leaves s idle
     frozen: float = 0.0  # share of the fresh windows in which part of the text is finished first
     learned: float = 0.93  # ends when so much is right, by family, fresh and carried; above 1: never
     steps: int = 10_000  # or after so many
@@ -104,13 +106,13 @@ def _check_numbers(settings) -> None:
 WINDOWS = {"automaton": 8, "words": 3}
 PHASES = (
     # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
-    Phase(("hops",), window=1, arrows=(6, 7), carried=0.0),
-    Phase(("hops",), window=1, arrows=(6, 7), gate=0.3, rewired=1.0, anew=1.0, hidden=0.5, learned=0.9),
-    # more arrows, and the prompt's own state carried too
-    Phase(("hops",), window=1, arrows=(10, 20), gate=0.3, rewired=1.0, anew=0.5, learned=0.65),
+    Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, carried=0.0),
+    Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, gate=0.3, rewired=1.0, anew=0.5, learned=0.9),
+    # more arrows, ends, and the coda
+    Phase(("hops",), window=2, arrows=(10, 20), ends=False, bare=True, gate=0.3, rewired=0.7, learned=0.9),
     Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
-    # what else can be done along the arrows, few of them again
-    Phase(("tolls", "hops", "tolls", "reports"), window=2, arrows=(6, 14), gate=0.4, learned=0.85, steps=4000),
+    # what else can be done along arrows, few of them again, and the automaton's step
+    Phase(("tolls", "automaton", "hops", "reports"), window=2, arrows=(6, 14), bare=True, gate=0.4, steps=4000),
     # all families
     Phase(
         ("words", "hops", "automaton", "words", "reports", "words", "tolls", "automaton", "words", "hops"),
@@ -214,14 +216,10 @@ class Batch:
     sure: Tensor  # (B, T) bool: False where the last stage was missed, so that nobody knows what comes next
     frozen: Tensor  # (B, T) bool: True where the text is finished and its state is held
     age: int = 0  # of the state, in recurrence steps
-    hidden: bool = False
 
     def read(self) -> Tensor:
         """What the model reads, the whole solution included: (B, T) int64."""
-        tokens = batch_of(self.problems)[0].to(self.state.device)
-        if self.hidden:
-            tokens[self.labels(1)[0] != IGNORE] = PAD
-        return tokens
+        return batch_of(self.problems)[0].to(self.state.device)
 
     def labels(self, steps: int) -> tuple[Tensor, Tensor]:
         """What is due after so many steps more, deep tokens and all others apart: (B, T) int64 each."""
@@ -291,8 +289,7 @@ def rewire(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, batch:
     A walk of at most four arrows then has its next step due at any age of the state: what is learned is the step, and
     not how the first four steps go.
     """
-    rng = random.Random(f"{config.seed} {step} rewire")
-    anew, batch.hidden = rng.random() < phase.anew, rng.random() < phase.hidden
+    anew = random.Random(f"{config.seed} {step} rewire").random() < phase.anew
     start = noise(model, config, batch.rows, batch.state.shape[1], step) if anew else batch.state
     for row, p in enumerate(batch.problems):
         rng = random.Random(f"{config.seed} {step} {batch.rows[row]}")
@@ -334,8 +331,8 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, reads: set[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Run max(reads) recurrence steps with gradient; read and ask after each of `reads`.
+    def forward(self, batch: Batch, reads: set[int], bare: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Run max(reads) recurrence steps with gradient; read and ask after each of `reads`; bare: without the coda.
 
         Returns the loss, the mean cross-entropy of deep tokens plus a fifth of that of the others, over the readings;
         the state (B, T, d); and what the last reading guessed, (B, T) int64.  Of several processes each returns its
@@ -345,11 +342,17 @@ class Objective(torch.nn.Module):
         for i in range(1, max(reads) + 1):
             s = s.where(batch.frozen[..., None], self.model.recur(s, e))
             if i in reads:
-                logits = self.model.coda(s)  # (B, T, V)
+                logits = self.head(s) if bare else self.model.coda(s)  # (B, T, V)
                 for labels, weight in zip(batch.labels(i), (1.0, TEMPLATE), strict=True):
                     missed = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
                     loss = loss + weight * missed / total((labels != IGNORE).sum()).clamp(min=1) / len(reads)
+        if bare:  # gradients of zero, not missing ones: every weight has moments, and processes wait for all gradients
+            loss = loss + 0.0 * sum(p.sum() for p in self.model.transformer.coda.parameters())
         return loss, s.detach(), logits.argmax(-1)
+
+    def head(self, s: Tensor) -> Tensor:
+        """Logits (B, T, V) of a state (B, T, d) without the coda's blocks."""
+        return wide(self.model.lm_head(self.model.transformer.ln_f(s)))
 
 
 def place() -> tuple[int, int]:
@@ -435,7 +438,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None) -> list[dic
             name, batch = family, fresh(model, config, phase, family, step)
         window = WINDOWS.get(family, phase.window)
         reads = {window, rng.randint(1, window)}
-        loss, batch.state, guesses = objective(batch, reads)
+        loss, batch.state, guesses = objective(batch, reads, phase.bare)
         optimizer.zero_grad()
         (loss * world).backward()  # the gradients of the shares add up, and DistributedDataParallel takes their mean
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)

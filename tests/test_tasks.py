@@ -341,6 +341,7 @@ def test_rewiring_goes_on_from_the_places_reached(family, seed, steps, again):
         assert (len(q.prompt), len(q.target), q.deep) == (len(p.prompt), len(p.target), p.deep)
         assert q.split == "train" and not set(heads) & set(new.values())
         after = [walk(new, new_toll, place, 6) for place in at]
+        assert all(new[place] != place for place, _ in at), "each walk has a step to go"
         assert [q.reached(i + 1) for i in range(6)] == [
             [*tokens_of(said(q, [w[i] for w in after])), END] for i in range(6)
         ]
@@ -351,6 +352,16 @@ def test_rewiring_goes_on_from_the_places_reached(family, seed, steps, again):
 def test_only_arrows_can_be_rewired():
     with pytest.raises(ValueError, match="family is 'words'"):
         tasks.heldout(1)[0].rewired(1, random.Random(0))
+
+
+def test_walks_without_ends_go_round():
+    for seed in range(20):
+        p = tasks.draw(random.Random(seed), "train", "hops", 2, (6, 7), ends=False)
+        for _ in range(3):
+            next_of, _, _, heads = parsed(p)
+            assert all(next_of[place] != place for place in next_of) and not set(heads) & set(next_of.values())
+            p = p.rewired(1, random.Random(seed))
+        assert len(p.stages) <= 2
 
 
 @pytest.mark.parametrize("family", ALONG)
