@@ -4,8 +4,8 @@ Five families share one vocabulary.  Each has a dial for difficulty, the level: 
 
     hops       k>c, m>a, a>d, c>f, d>d, f>f. Follow k m.
                k>f, m>d
-    tolls      k>c 3, m>a 7, a>d 1, c>f 5, d>d 0, f>f 0. Largest k m.
-               k>5, m>7
+    grid       a south, b west, f east, g end. Follow b f.
+               b>g, f>g
     reports    k>c, m>a, a>d, c>f, d>d, f>f. Say k m.
                Whoever starts at k and follows the arrows gets to f. Whoever starts at m ...
     automaton  Run 3 steps from 0110100101101001.
@@ -14,9 +14,10 @@ Five families share one vocabulary.  Each has a dial for difficulty, the level: 
                First Mia buys 5 more pears, so Mia has 12 + 5 = 17 pears. Then ... The answer is 14.
 
 The first three give every place one arrow; the last place of a walk points to itself.  No problem says how many
-arrows to follow: follow them until nothing changes, a *fixed point*.  Hops asks where walks end, tolls for the largest
-toll on the way, reports wraps the answers of hops in sentences: most of its tokens are easy and a few are deep, as in
-real text.  A walk begins where no arrow leads, else an answer "k>f" would read like another arrow of the problem.
+arrows to follow: follow them until nothing changes, a *fixed point*.  Hops asks where walks end, and reports wraps
+the answers in sentences: most of its tokens are easy and a few are deep, as in real text.  The grid has five rows of
+five cells, named a to y; its arrows say a way, not a place, so each step has to be worked out.  A walk begins where
+no arrow leads (but on the grid), else an answer "k>f" would read like another arrow of the problem.
 
 The automaton is rule 30 (new cell = left XOR (centre OR right)) moved so that a cell depends on itself and the two
 cells before it, with zeros before the first: a causal model can iterate it in place.  A word problem has 2 to 5
@@ -57,7 +58,7 @@ WORDS = (
 ).split()
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN")
 VOCABULARY = SPECIAL + PUNCTUATION + DIGITS + ORDINALS + NAMES + THINGS + WORDS + LETTERS
-VOCABULARY += "brings takes twice as Say Tell Report Largest Whoever starts at and follows arrows end".split()
+VOCABULARY += "brings takes twice Say Tell Whoever starts at and follows arrows end north south east west".split()
 
 PAD, BEGIN, END = range(3)
 
@@ -88,29 +89,45 @@ def task_tokenizer() -> Tokenizer:
 # name -> levels, easiest first: those trained, and harder ones that training never shows
 FAMILIES = {
     "hops": (1, 2, 3, 4),
-    "tolls": (1, 2, 3, 4),
+    "grid": (1, 2, 3, 4),
     "reports": (1, 2, 3, 4),
     "automaton": (1, 2, 3, 4, 5, 6),
     "words": (2, 3, 4, 5),
 }
-HARDER = {"hops": (6, 8, 12, 16, 20, 24), "tolls": (6, 8), "reports": (8, 16), "automaton": (7, 8), "words": (6,)}
+HARDER = {
+    "hops": (6, 8, 12, 16, 20, 24),
+    "grid": (6, 8),
+    "reports": (8, 16),
+    "automaton": (7, 8),
+    "words": (6,),
+}
 LARGEST = 99  # every number of a word problem is between 1 and this
 CELLS = 16  # in a row of the automaton
 PATIENCE = 1000  # held-out problems drawn in a row that are known already: then there are hardly any others
 # of the families of arrows: what is asked -> how one place and what belongs to it are answered
 ASKED = {
     "hops": {"Follow": "{0}>{1},"},
-    "tolls": {"Largest": "{0}>{2},"},
+    "grid": {"Follow": "{0}>{1},"},
     "reports": {
         "Say": "Whoever starts at {0} and follows the arrows gets to {1}.",
         "Tell": "Follow the arrows from {0} to the end and the answer is {1}.",
-        "Report": "The answer to the arrows from {0} to the end is {1}.",
     },
 }
-QUERIES = {"hops": (3, 3), "tolls": (3, 3), "reports": (4, 8)}  # fewest and most
+QUERIES = {"hops": (3, 3), "grid": (3, 3), "reports": (4, 8)}  # fewest and most
 ARROWS = (12, 32)  # fewest and most of a problem
+SIDE = 5  # of the grid
+WAYS = {"north": -SIDE, "south": SIDE, "west": -1, "east": 1}  # from a cell to the next, counting row by row
 
 _tokenizer = task_tokenizer()
+# cell -> its neighbours, by the way that leads there
+_neighbours = {
+    LETTERS[i]: {
+        way: LETTERS[i + step]
+        for way, step in WAYS.items()
+        if 0 <= i + step < SIDE**2 and (abs(step) > 1 or i // SIDE == (i + step) // SIDE)
+    }
+    for i in range(SIDE**2)
+}
 
 
 @dataclass
@@ -122,8 +139,8 @@ class Walks:
     queries: int  # how many are asked for
     deepest: int  # arrows from the place that is farthest from its end
     ends: bool  # False: walks go round, so that nobody can guess an end instead of following arrows
-    # of each walk after 1, 2, ... steps: where it is, and the largest toll on the way
-    places: list[list[tuple[str, int]]] = field(default_factory=list)
+    # where each walk is after 1, 2, ... steps
+    places: list[list[str]] = field(default_factory=list)
 
 
 @dataclass
@@ -174,17 +191,19 @@ class Problem:
         return bool(said) and said[-1] == self.answer
 
     def rewired(self, steps: int, rng: random.Random) -> Problem:
-        """Other arrows (and tolls) under walks that have gone `steps` steps: the same length, token for token.
+        """Other arrows under walks that have gone `steps` steps: the same length, token for token.
 
         The new problem goes on from the places reached, so the stages of a state that is kept are those of `rewired`.
         ValueError for a family without arrows.
         """
         if self.walks is None:
             raise ValueError(f"family is {self.family!r}; only {', '.join(ASKED)} have arrows")
-        at = self.walks.places[min(steps, len(self.walks.places)) - 1]
-        while (problem := _walk_on(rng, self.family, self.walks, at)).split != self.split:
-            pass
-        return problem
+        walks = replace(self.walks, deepest=max(self.walks.deepest, max(FAMILIES[self.family])))
+        at = walks.places[min(steps, len(walks.places)) - 1]
+        while True:
+            problem = _walk_on(rng, self.family, walks, at)
+            if problem and problem.split == self.split:
+                return problem
 
 
 def _forest(rng: random.Random, w: Walks, at: list[str]) -> dict[str, str]:
@@ -216,32 +235,67 @@ def _forest(rng: random.Random, w: Walks, at: list[str]) -> dict[str, str]:
     return dict(arrows)
 
 
-def _walks(rng: random.Random, family: str, level: int, arrows: tuple[int, int], ends: bool) -> Problem:
+def _grid(rng: random.Random, w: Walks, at: list[str]) -> dict[str, str]:
+    """The same on the grid, where an arrow leads to a neighbour; `deepest` arrows from a start, if all are there."""
+    cells, starts = list(w.letters), w.letters[: w.queries]
+    rng.shuffle(cells)
+    near = {cell: [other for other in _neighbours[cell].values() if other in cells] for cell in cells}
+    if not w.ends:
+        return {cell: rng.choice(near[cell]) for cell in cells}
+    for _ in range(100):  # tries; not every set of cells has such walks
+        walk = [rng.choice(starts)]
+        while len(walk) <= w.deepest and (further := [c for c in near[walk[-1]] if c not in (*walk, *at)]):
+            walk.append(rng.choice(further))
+        next_of = dict(zip(walk, walk[1:] + walk[-1:], strict=True))
+        depth = {cell: len(walk) - 1 - i for i, cell in enumerate(walk)}
+        for cell in cells * 2:  # the second time round for those that had nowhere to go
+            goals = [c for c in near[cell] if depth.get(c, w.deepest) < w.deepest] + [cell] * (cell not in at)
+            if cell not in next_of and goals:
+                next_of[cell] = goal = rng.choice(goals)
+                depth[cell] = 0 if goal == cell else depth[goal] + 1
+        fresh, deep = at == starts, max(depth[cell] for cell in starts if cell in depth)
+        if len(next_of) == len(cells) and walk[-1] not in at and (not fresh or deep == w.deepest):
+            return {cell: next_of[cell] for cell in cells}
+    return {}
+
+
+def _walks(rng: random.Random, family: str, level: int, arrows: tuple[int, int], ends: bool) -> Problem | None:
     """A problem about walks of at most `level` arrows, among so many arrows in all."""
     fewest, most = QUERIES[family]
     fewest = min(fewest, arrows[0] // 3)
     n = max(rng.randint(*arrows), level + fewest + 1)  # the longest walk, and where the others begin
     most = min(most, n // 3, n - level - 1)
     queries, letters = rng.randint(fewest, most), rng.sample(LETTERS, n)
-    walks = Walks(rng.choice(list(ASKED[family])), letters, queries, level, ends)
-    return _walk_on(rng, family, walks, [(head, 0) for head in letters[:queries]])
+    if family == "grid":  # cells that hang together
+        letters = [rng.choice(list(_neighbours))]
+        while len(letters) < min(n, SIDE**2):
+            letters += [rng.choice([c for k in letters for c in _neighbours[k].values() if c not in letters])]
+        rng.shuffle(letters)
+    return _walk_on(
+        rng, family, Walks(rng.choice(list(ASKED[family])), letters, queries, level, ends), letters[:queries]
+    )
 
 
-def _walk_on(rng: random.Random, family: str, walks: Walks, at: list[tuple[str, int]]) -> Problem:
-    """The problem that newly drawn arrows make of walks that have come to the places `at`."""
-    next_of, heads = _forest(rng, walks, [place for place, _ in at]), walks.letters[: walks.queries]
-    toll = {place: 0 if place == end else rng.randint(1, 9) for place, end in next_of.items()}
-    pairs = [f"{a}>{b} {toll[a]}" if family == "tolls" else f"{a}>{b}" for a, b in next_of.items()]
+def _walk_on(rng: random.Random, family: str, walks: Walks, at: list[str]) -> Problem | None:
+    """The problem that newly drawn arrows make of walks that are at the places `at`; None if these cells have none."""
+    next_of, starts = (_grid if family == "grid" else _forest)(rng, walks, at), walks.letters[: walks.queries]
+    if not next_of:
+        return None
+    if family == "grid":
+        arrows = [
+            f"{a} {next((way for way, c in _neighbours[a].items() if c == b), 'end')}" for a, b in next_of.items()
+        ]
+    else:
+        arrows = [f"{a}>{b}" for a, b in next_of.items()]
     form, stages, places = ASKED[family][walks.asked], [], []
     for _ in range(walks.deepest + walks.ends):  # the last one finds that nothing changes
-        at = [(next_of[place], max(largest, toll[place])) for place, largest in at]
-        said = " ".join(form.format(head, *reached) for head, reached in zip(heads, at, strict=True)).rstrip(",")
+        at = [next_of[place] for place in at]
         places.append(at)
-        stages.append(said)
+        stages.append(" ".join(form.format(*pair) for pair in zip(starts, at, strict=True)).rstrip(","))
     needed = stages.index(stages[-1]) + 1
-    text = f"{', '.join(pairs)}. {walks.asked} {' '.join(heads)}."
+    text = f"{', '.join(arrows)}. {walks.asked} {' '.join(starts)}."
     words = re.findall(r"\{\d\}|\w+|[.,]", form)
-    deep = [i * len(words) + next(j for j, w in enumerate(words) if w in ("{1}", "{2}")) for i in range(len(heads))]
+    deep = [i * len(words) + words.index("{1}") for i in range(len(starts))]
     return Problem(text, tuple(stages[:needed]), stages[-1], family, needed, deep, replace(walks, places=places))
 
 
@@ -267,10 +321,10 @@ def _word_problem(rng: random.Random, level: int) -> Problem:
             (f"{who} sells {a} {things}", "-", a, x - a, who),
             (f"{other} has {a} fewer {things} than {who}", "-", a, x - a, other),
             (f"{who} doubles the {things}", "*", 2, x * 2, who),
-            (f"{other} has twice as many {things} as {who}", "*", 2, x * 2, other),
+            (f"{other} has twice the {things} of {who}", "*", 2, x * 2, other),
             (f"{who} triples the {things}", "*", 3, x * 3, who),
             (f"{who} gives away half of the {things}", "/", 2, x / 2, who),
-            (f"{other} has half as many {things} as {who}", "/", 2, x / 2, other),
+            (f"{other} has half the {things} of {who}", "/", 2, x / 2, other),
         ]
         possible = [c for c in changes if 1 <= c[3] <= LARGEST and c[3] == int(c[3])]
         sentence, operator, operand, result, who = rng.choice(possible)
@@ -309,7 +363,7 @@ def draw(
             problem = _walks(rng, family, level, arrows, ends)
         else:
             problem = write[family](rng, level)
-        if problem.split == split and problem.level == level:  # the largest toll of a walk may come early
+        if problem and problem.split == split and problem.level == level:
             return problem
 
 

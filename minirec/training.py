@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minirec import tasks
-from minirec.config import MOST_STEPS, flag, number, one_of, plain, whole
+from minirec.config import MOST_STEPS, flag, number, one_of, plain, shown, whole
 from minirec.recurrent_block import RecurrentDepthLM, wide
 from minirec.tasks import PAD, task_tokenizer
 
@@ -74,12 +74,14 @@ class Phase:
 
     def __post_init__(self):
         _check_numbers(self)
-        self.families = tuple(one_of("family", family, tasks.FAMILIES) for family in plain(self.families))
-        if not self.families:
-            raise ValueError(f"families is (); it must name at least one of {', '.join(tasks.FAMILIES)}")
-        self.arrows = tuple(whole("arrows", n, 3, len(tasks.LETTERS)) for n in plain(self.arrows))
-        if len(self.arrows) != 2 or self.arrows[0] > self.arrows[1]:
-            raise ValueError(f"arrows is {self.arrows}; it must be the fewest and the most")
+        families, arrows = plain(self.families), plain(self.arrows)
+        if not isinstance(families, (list, tuple)) or not families:
+            raise ValueError(f"families is {shown(families)}; it must name at least one of {', '.join(tasks.FAMILIES)}")
+        self.families = tuple(one_of("family", family, tasks.FAMILIES) for family in families)
+        if not isinstance(arrows, (list, tuple)) or len(arrows) != 2:
+            raise ValueError(f"arrows is {shown(arrows)}; it must be the fewest and the most")
+        fewest = whole("arrows", arrows[0], 3, len(tasks.LETTERS))
+        self.arrows = fewest, whole("arrows", arrows[1], fewest, len(tasks.LETTERS))
 
 
 def _check_numbers(settings) -> None:
@@ -108,14 +110,16 @@ PHASES = (
     # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
     Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, carried=0.0),
     Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, gate=0.3, rewired=1.0, anew=0.5, learned=0.9),
-    # more arrows, ends, and the coda
-    Phase(("hops",), window=2, arrows=(10, 20), ends=False, bare=True, gate=0.3, rewired=0.7, learned=0.9),
-    Phase(("hops",), window=3, arrows=(10, 20), gate=0.4),
-    # what else can be done along arrows, few of them again, and the automaton's step
-    Phase(("tolls", "automaton", "hops", "reports"), window=2, arrows=(6, 14), bare=True, gate=0.4, steps=4000),
-    # all families
+    # more arrows
+    Phase(("hops",), window=2, arrows=(10, 20), ends=False, bare=True, gate=0.3, rewired=0.7, learned=0.6),
+    # the other families, on few arrows again
     Phase(
-        ("words", "hops", "automaton", "words", "reports", "words", "tolls", "automaton", "words", "hops"),
+        ("grid", "words", "automaton", "hops", "grid", "words", "automaton", "reports"),
+        window=2, arrows=(6, 14), ends=False, bare=True, gate=0.3, learned=0.85, steps=7000,
+    ),
+    # walks that end, and the coda
+    Phase(
+        ("words", "hops", "automaton", "words", "reports", "words", "grid", "automaton", "words", "hops"),
         window=4, frozen=0.3, learned=2.0, steps=20_000,
     ),
 )  # fmt: skip
@@ -144,9 +148,10 @@ class TrainingConfig:
 
     def __post_init__(self):
         _check_numbers(self)
-        self.phases = tuple(self.phases)
-        if not self.phases:
-            raise ValueError("phases is empty; it must have one at least")
+        phases = self.phases
+        if not isinstance(phases, (list, tuple)) or not phases or not all(isinstance(p, Phase) for p in phases):
+            raise ValueError(f"phases is {shown(phases)}; it must be one Phase or more")
+        self.phases = tuple(phases)
 
     @property
     def families(self) -> tuple[str, ...]:

@@ -662,7 +662,8 @@ def test_each_family_is_measured_on_problems_of_its_own(monkeypatch):
         ({"hardest": 2.0}, "hardest is 2.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 4294967295"),
-        ({"phases": ()}, "phases is empty"),
+        ({"phases": ()}, r"phases is \(\); it must be one Phase"),
+        ({"phases": ("hops",)}, "phases is"),
     ],
 )
 def test_bad_setting_is_named(wrong, named):
@@ -673,11 +674,13 @@ def test_bad_setting_is_named(wrong, named):
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"families": ()}, "families is ()"),
+        ({"families": ()}, r"families is \(\); it must name at least one"),
+        ({"families": "hops"}, "families is 'hops'"),
         ({"families": ("words", "sums")}, "family is 'sums'"),
         ({"window": 0}, "window is 0"),
         ({"steps": 0}, "steps is 0"),
-        ({"arrows": (5, 3)}, r"arrows is \(5, 3\)"),
+        ({"arrows": (5, 3)}, "arrows is 3; it must be a whole number from 5 to 40"),
+        ({"arrows": 6}, "arrows is 6; it must be the fewest and the most"),
         ({"arrows": (4, 41)}, "arrows is 41; it must be a whole number from 3 to 40"),
         ({"arrows": (2, 9)}, "arrows is 2; it must be"),
         ({"carried": 1.5}, "carried is 1.5"),
