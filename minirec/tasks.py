@@ -115,6 +115,7 @@ ASKED = {
 }
 QUERIES = {"hops": (3, 3), "grid": (3, 3), "reports": (4, 8)}  # fewest and most
 ARROWS = (12, 32)  # fewest and most of a problem
+ROUND = 8  # stages of walks without ends
 SIDE = 5  # of the grid
 WAYS = {"north": -SIDE, "south": SIDE, "west": -1, "east": 1}  # from a cell to the next, counting row by row
 
@@ -288,15 +289,16 @@ def _walk_on(rng: random.Random, family: str, walks: Walks, at: list[str]) -> Pr
     else:
         arrows = [f"{a}>{b}" for a, b in next_of.items()]
     form, stages, places = ASKED[family][walks.asked], [], []
-    for _ in range(walks.deepest + walks.ends):  # the last one finds that nothing changes
+    for _ in range(walks.deepest + 1 if walks.ends else ROUND):  # the last one finds that nothing changes
         at = [next_of[place] for place in at]
         places.append(at)
         stages.append(" ".join(form.format(*pair) for pair in zip(starts, at, strict=True)).rstrip(","))
-    needed = stages.index(stages[-1]) + 1
+    level = stages.index(stages[-1]) + 1 if walks.ends else walks.deepest
+    needed = level if walks.ends else ROUND
     text = f"{', '.join(arrows)}. {walks.asked} {' '.join(starts)}."
     words = re.findall(r"\{\d\}|\w+|[.,]", form)
     deep = [i * len(words) + words.index("{1}") for i in range(len(starts))]
-    return Problem(text, tuple(stages[:needed]), stages[-1], family, needed, deep, replace(walks, places=places))
+    return Problem(text, tuple(stages[:needed]), stages[-1], family, level, deep, replace(walks, places=places))
 
 
 def _word_problem(rng: random.Random, level: int) -> Problem:
@@ -355,7 +357,7 @@ def draw(
 ) -> Problem:
     """The next problem of a split, family and level; `arrows`: the fewest and the most of one that has any.
 
-    ends: without them walks go round, and the answer is where they are after `level` arrows: an exercise for training.
+    ends: without them walks go round, and the answer is where they are after `ROUND` arrows: an exercise for training.
     """
     write = {"automaton": _automaton, "words": _word_problem}
     while True:

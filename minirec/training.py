@@ -65,7 +65,7 @@ class Phase:
     ends: bool = True  # whether walks come to an end, or go round: without ends nobody can guess them
     carried: float = 0.7  # share of the windows that go on from a kept state, if there is one
     gate: float = 0.6  # a state is kept if more than this share of its deep tokens was right
-    rewired: float = 0.5  # share of its rows that get other arrows
+    rewired: float = 0.5  # share of its rows that get other arrows; all of them, if walks go round
     anew: float = 0.0  # share of the carried windows in which the prompt begins anew, from noise
     bare: bool = False  # read the state with the head alone: a coda learns to follow arrows itself, and leaves s idle
     frozen: float = 0.0  # share of the fresh windows in which part of the text is finished first
@@ -109,9 +109,9 @@ WINDOWS = {"automaton": 8, "words": 3}
 PHASES = (
     # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
     Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, carried=0.0),
-    Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, gate=0.3, rewired=1.0, anew=0.5, learned=0.9),
+    Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, gate=0.3, anew=0.5, learned=0.9),
     # more arrows
-    Phase(("hops",), window=2, arrows=(10, 20), ends=False, bare=True, gate=0.3, rewired=0.7, learned=0.6),
+    Phase(("hops",), window=2, arrows=(10, 20), ends=False, bare=True, gate=0.3, learned=0.8, steps=3000),
     # the other families, on few arrows again
     Phase(
         ("grid", "words", "automaton", "hops", "grid", "words", "automaton", "reports"),
@@ -144,7 +144,7 @@ class TrainingConfig:
     log_every: int = 50
     evaluate_every: int = 2000
     evaluate_on: int = 64  # held-out problems
-    save_every: int = 500
+    save_every: int = 250  # kept states are dropped at every save
 
     def __post_init__(self):
         _check_numbers(self)
@@ -298,7 +298,7 @@ def rewire(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, batch:
     start = noise(model, config, batch.rows, batch.state.shape[1], step) if anew else batch.state
     for row, p in enumerate(batch.problems):
         rng = random.Random(f"{config.seed} {step} {batch.rows[row]}")
-        if p.walks and not batch.frozen[row].any() and rng.random() < phase.rewired:
+        if p.walks and not batch.frozen[row].any() and (rng.random() < phase.rewired or not phase.ends):
             batch.problems[row], batch.ran[row] = p.rewired(batch.ran[row], rng), 0
             batch.state[row, : len(p.prompt) - 1] = start[row, : len(p.prompt) - 1]
     return batch

@@ -368,7 +368,11 @@ def test_walks_without_ends_go_round(family):
         p = tasks.draw(random.Random(seed), "train", family, 2, (6, 7), ends=False)
         for _ in range(3):
             next_of, *_ = parsed(p)
-            assert all(next_of[place] != place for place in next_of)
+            assert all(next_of[place] != place for place in next_of) and p.family == family
+            at = p.walks.places[0]
+            for i in range(1, tasks.ROUND):
+                at = [next_of[place] for place in at]
+                assert p.reached(i + 1) == [*tokens_of(said(p, at)), END]
             p = p.rewired(1, random.Random(seed))
 
 
