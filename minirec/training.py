@@ -232,10 +232,9 @@ class Batch:
         deep = torch.zeros_like(labels, dtype=torch.bool)
         for row, p in enumerate(self.problems):
             deep[row, [len(p.prompt) - 1 + i for i in p.deep]] = True
-        labels = labels.where(~self.frozen.cpu(), IGNORE)
-        return labels.where(deep & self.sure.cpu(), IGNORE).to(self.state.device), labels.where(~deep, IGNORE).to(
-            self.state.device
-        )
+        labels, deep = (x.to(self.state.device) for x in (labels, deep))
+        labels = labels.where(~self.frozen, IGNORE)
+        return labels.where(deep & self.sure, IGNORE), labels.where(~deep, IGNORE)
 
 
 def fresh(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, family: str, step: int) -> Batch:
