@@ -222,17 +222,17 @@ def compare(
 
 def run_once(model: RecurrentDepthLM, problem: Problem, generate: Callable, options: dict) -> Run:
     """Solve a problem once and look at the clock; Python's garbage collector waits meanwhile."""
-    first = []
+    first: list[float] = []
+
+    def note(_: int) -> None:
+        if not first:
+            first.append(time.perf_counter())
+
+    room = len(problem.target) + 16  # for an answer that goes astray
     gc.disable()
     try:
         started = time.perf_counter()
-        generation = generate(
-            model,
-            problem.prompt,
-            len(problem.target) + 16,  # room for an answer that goes astray
-            on_token=lambda token: first or first.append(time.perf_counter()),
-            **options,
-        )
+        generation = generate(model, problem.prompt, room, on_token=note, **options)
         return Run(problem, generation, time.perf_counter() - started, first[0] - started)
     finally:
         gc.enable()

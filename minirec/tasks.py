@@ -201,10 +201,10 @@ class Problem:
             raise ValueError(f"family is {self.family!r}; only {', '.join(ASKED)} have arrows")
         walks = replace(self.walks, deepest=max(self.walks.deepest, max(FAMILIES[self.family])))
         at = walks.places[min(steps, len(walks.places)) - 1]
-        while True:
+        problem = None
+        while problem is None or problem.split != self.split:
             problem = _walk_on(rng, self.family, walks, at)
-            if problem and problem.split == self.split:
-                return problem
+        return problem
 
 
 def _forest(rng: random.Random, w: Walks, at: list[str]) -> dict[str, str]:
@@ -336,10 +336,10 @@ def _word_problem(rng: random.Random, level: int) -> Problem:
         x = result
     story.append(f"How many {things} does {who} have?")
     solution.append(f"The answer is {x}.")
-    solution = " ".join(solution)
-    tokens = [m for m in re.finditer(r"[A-Za-z]+|\d|\S", solution)]
-    deep = [i for i, m in enumerate(tokens) if re.search(r"= \d*$", solution[: m.start()]) and m[0].isdigit()]
-    return Problem(" ".join(story), (solution,), str(x), "words", level, deep)
+    written = " ".join(solution)
+    tokens = re.finditer(r"[A-Za-z]+|\d|\S", written)
+    deep = [i for i, m in enumerate(tokens) if re.search(r"= \d*$", written[: m.start()]) and m[0].isdigit()]
+    return Problem(" ".join(story), (written,), str(x), "words", level, deep)
 
 
 def _automaton(rng: random.Random, steps: int) -> Problem:
@@ -359,14 +359,13 @@ def draw(
 
     ends: without them walks go round, and the answer is where they are after `ROUND` arrows: an exercise for training.
     """
-    write = {"automaton": _automaton, "words": _word_problem}
-    while True:
+    problem = None
+    while problem is None or problem.split != split or problem.level != level:
         if family in ASKED:
             problem = _walks(rng, family, level, arrows, ends)
         else:
-            problem = write[family](rng, level)
-        if problem and problem.split == split and problem.level == level:
-            return problem
+            problem = {"automaton": _automaton, "words": _word_problem}[family](rng, level)
+    return problem
 
 
 def problems(split: str, seed: int | str = 0, family: str = "words", level: int | None = None) -> Iterator[Problem]:

@@ -244,7 +244,8 @@ def fresh(model: RecurrentDepthLM, config: TrainingConfig, phase: Phase, family:
     levels = [level for level in tasks.FAMILIES[family] if family not in tasks.ASKED or 3 * level <= arrows[0]]
     if family not in tasks.ASKED:  # texts of one level are of about one length
         levels = [levels[-1] if rng.random() < config.hardest else rng.choice(levels)]
-    problems, size = [], 0
+    problems: list[tasks.Problem] = []
+    size = 0
     while not size or (len(problems) + 1) * size <= config.batch_tokens:
         level = levels[-1] if rng.random() < config.hardest else rng.choice(levels)
         problems.append(tasks.draw(rng, "train", family, level, arrows, phase.ends))
@@ -342,7 +343,8 @@ class Objective(torch.nn.Module):
         the state (B, T, d); and what the last reading guessed, (B, T) int64.  Of several processes each returns its
         share of the loss of the whole batch.
         """
-        e, s, loss = self.model.prelude(batch.read()), batch.state, 0.0
+        e, s = self.model.prelude(batch.read()), batch.state
+        loss = e.new_zeros(())
         for i in range(1, max(reads) + 1):
             s = s.where(batch.frozen[..., None], self.model.recur(s, e))
             if i in reads:
@@ -422,9 +424,7 @@ def train(model: RecurrentDepthLM, config: TrainingConfig, run=None) -> list[dic
     )
     step, log, progress = run.resume(model, optimizer, config) if run else (0, [], {})
     progress = Progress(**progress)
-    objective = Objective(model)
-    if world > 1:
-        objective = DistributedDataParallel(objective)
+    objective = Objective(model) if world == 1 else DistributedDataParallel(Objective(model))
     held_out = {f: tasks.heldout(config.evaluate_on, seed=1, family=f) for f in config.families}
     started, spent = time.perf_counter(), log[-1]["seconds"] if log else 0.0
     kept: dict[str, list[Batch]] = {f: [] for f in config.families}
