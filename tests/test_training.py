@@ -521,9 +521,9 @@ def test_states_are_carried_from_window_to_window(monkeypatch):
     """A kept batch comes again with the state that its last window left; without carrying, none does."""
     seen, forward = [], Objective.forward
 
-    def watched(self, batch, reads):
+    def watched(self, batch, reads, bare):
         seen.append((batch, batch.age, batch.state.clone(), max(reads)))
-        result = forward(self, batch, reads)
+        result = forward(self, batch, reads, bare)
         seen[-1] += (result[1],)
         return result
 
@@ -681,7 +681,7 @@ def test_bad_setting_is_named(wrong, named):
         ({"steps": 0}, "steps is 0"),
         ({"arrows": (5, 3)}, "arrows is 3; it must be a whole number from 5 to 40"),
         ({"arrows": 6}, "arrows is 6; it must be the fewest and the most"),
-        ({"arrows": (4, 41)}, "arrows is 41; it must be a whole number from 3 to 40"),
+        ({"arrows": (4, 41)}, "arrows is 41; it must be a whole number from 4 to 40"),
         ({"arrows": (2, 9)}, "arrows is 2; it must be"),
         ({"carried": 1.5}, "carried is 1.5"),
         ({"rewired": -0.5}, "rewired is -0.5"),
