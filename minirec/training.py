@@ -110,14 +110,15 @@ PHASES = (
     # the step itself, on few arrows; then the same from carried states, which has to start on few arrows as well
     Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, carried=0.0),
     Phase(("hops",), window=1, arrows=(6, 7), ends=False, bare=True, gate=0.3, anew=0.5, learned=0.9),
-    # more arrows
-    Phase(("hops",), window=2, arrows=(10, 20), ends=False, bare=True, gate=0.3, learned=0.8, steps=3000),
-    # the other families, on few arrows again
+    # more arrows, longer windows
+    Phase(("hops",), window=2, arrows=(10, 20), ends=False, bare=True, gate=0.3, learned=0.9, steps=2000),
+    Phase(("hops",), window=4, arrows=(10, 32), ends=False, bare=True, gate=0.3, learned=0.93, steps=2000),
+    # the same step in sentences and on the grid, and the automaton's
     Phase(
-        ("grid", "words", "automaton", "hops", "grid", "words", "automaton", "reports"),
-        window=2, arrows=(6, 14), ends=False, bare=True, gate=0.3, learned=0.85, steps=7000,
+        ("hops", "reports", "hops", "grid", "hops", "automaton"),
+        window=2, arrows=(6, 20), ends=False, bare=True, gate=0.3, learned=0.85, steps=6000,
     ),
-    # walks that end, and the coda
+    # all families, walks that end, and the coda
     Phase(
         ("words", "hops", "automaton", "words", "reports", "words", "grid", "automaton", "words", "hops"),
         window=4, frozen=0.3, learned=2.0, steps=20_000,

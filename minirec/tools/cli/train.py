@@ -56,7 +56,12 @@ def add_parser(commands) -> None:
         + ", ".join(tasks.FAMILIES)
         + ")",
     )
-    p.add_argument("--steps", type=count, default=ABSENT, help="train in one phase of so many optimiser steps (default: the recipe)")
+    p.add_argument(
+        "--steps",
+        type=count,
+        default=ABSENT,
+        help="train in one phase of so many optimiser steps (default: the recipe)",
+    )
     for f in dataclasses.fields(training.TrainingConfig):
         if f.name in HELP:
             kind: dict[str, Any] = {"type": SEED if f.name == "seed" else count if f.type == "int" else float}
