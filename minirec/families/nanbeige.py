@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from minirec.config import flag
 from minirec.families.llama import LlamaAttention, LlamaConfig, LlamaMLP
 from minirec.families.ouro import Looped
-from minirec.recurrent_block import Attend, RMSNorm, causal, run, wide
+from minirec.recurrent_block import Attend, RMSNorm, causal, wide
 
 
 @dataclass
@@ -54,10 +53,8 @@ class Nanbeige(Looped):
 
     block_class = LlamaBlock
 
-    def recur(self, s: Tensor, e: Tensor, at=None, slot=0) -> Tensor:
-        """One loop, state and embedding (B, T, d) each -> the next state (B, T, d)."""
-        x = torch.where((s == 0).all(dim=-1, keepdim=True), e, s)
-        x = run(self.model.layers, x, at or self.whole(x), "core", slot)
+    def after_loop(self, x: Tensor) -> Tensor:
+        """The norm after each loop, or nothing: (B, T, d) -> (B, T, d)."""
         return x if self.config.skip_loop_final_norm else self.model.norm(x)
 
     def coda(self, s: Tensor, at=None, only: Tensor | None = None) -> Tensor:
